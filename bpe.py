@@ -1,0 +1,905 @@
+"""
+Byte-level byte-pair encoding (BPE): train a tokenizer on a text file, encode the text with it, and say how well it does.
+
+    $ python bpe.py --data=TinyStories.txt --vocab_size=10000
+    $ python bpe.py --data=owt.txt --tokenizer_dir=data --data_dir=data_owt     # encode one corpus with another's tokenizer
+
+writes vocab.json and merges.txt (GPT-2's format), train.bin and val.bin (raw token ids) into data_dir. Without --data the corpus is the
+source of Python's standard library. How it works, in the order of this file:
+
+1. Pre-tokenisation cuts the text into words (GPT-2's pattern: " we", "'ve", " 2026", "!"), inside which all the rest happens.
+2. Training counts the distinct words, takes the 256 bytes for the first tokens, and merges the most frequent pair of neighbouring tokens
+   into a new one, again and again (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units").
+3. Encoding replays the merges on new text, the first learnt first; decoding joins the bytes of the tokens.
+
+All three work on numpy arrays, many places at a time. The plain loops that they replace stand in test_all.py, and both are held against each
+other there. Needs numpy and regex; imports neither torch nor another file of this project.
+"""
+import ast
+import difflib
+import heapq
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import tokenize
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import regex
+
+data = ""                          # text file to train on and encode, UTF-8; empty: the source of Python's standard library
+val_data = ""                      # text file for validation; empty: the last documents of data are held out (a twentieth, 10 MB at most)
+vocab_size = 4096                  # tokens in all: 256 bytes, the merges, the special tokens
+special_tokens = "<|endoftext|>"   # strings that are one token each and cut the text, separated by commas
+data_dir = "data"                  # folder for vocab.json, merges.txt, train.bin and val.bin
+tokenizer_dir = ""                 # encode with the tokenizer in this folder and train none; empty: train one
+num_processes = 0                  # worker processes; 0: one for each core
+
+# GPT-2's pre-tokens: a contraction's tail; or letters, digits or other signs, with the blank before them; or white space, which leaves its
+# last character to the token that follows.
+PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+END = "<|endoftext|>"              # ends each document of the default corpus
+BLOCK = 1 << 23                    # bytes of text that a worker process takes at a time
+SLICE = 1 << 18                    # bytes of text in one pass of the array code: its arrays then fit the cache, twice as fast as 4 MB
+
+
+# --------------------------------------------------------------------------------------------- 1. pre-tokenisation
+
+SPACE, LETTER, DIGIT, OTHER, SPECIAL = range(5)  # the kinds of character that the pattern tells apart, and those of a special token
+
+
+@cache
+def kind_of_code_point():
+    """The kind of each code point below 0x40000, as the pattern's own engine sees it: (0x40000,) uint8. All beyond are OTHER."""
+    kinds = np.full(0x40000, OTHER, np.uint8)
+    for kind, signs in (SPACE, r"\s+"), (LETTER, r"\p{L}+"), (DIGIT, r"\p{N}+"):
+        for run in regex.finditer(signs, "".join(map(chr, range(0x40000)))):
+            kinds[run.start():run.end()] = kind
+    return kinds
+
+
+def kind_of_byte(text):
+    """The kind of the character that each byte belongs to. text: valid UTF-8. Returns (len(text),) uint8."""
+    byte = np.frombuffer(text, np.uint8)
+    kinds = kind_of_code_point()[:256][byte]
+    if not text.isascii():
+        points = np.frombuffer(text.translate(None, bytes(range(128))).decode().encode("utf-32-le"), np.uint32)
+        sizes = 2 + (points > 0x7FF) + (points > 0xFFFF)  # bytes of each character in UTF-8
+        kinds[byte > 127] = np.repeat(kind_of_code_point()[np.minimum(points, 0x3FFFF)], sizes)
+    return kinds
+
+
+def pretokenise(text, special=None):
+    """Cut text into pre-tokens and special tokens, without gaps: their places and whether each is special, two arrays of one length.
+
+    text: valid UTF-8 bytes. special: compiled pattern of the special tokens, or None.
+    The plain version, PATTERN.findall on the text between the special tokens, reads 9 MB/s. This one asks of all places at once whether
+    a token begins there, and reads 300 MB/s: where the kind of character changes, but for the blank before a word and for contractions.
+    """
+    byte = np.frombuffer(text + b"\0\0", np.uint8)  # two more, so that looking ahead stays inside
+    kinds = np.append(kind_of_byte(text), np.uint8([SPECIAL, SPECIAL]))
+    matches = [match.span() for match in special.finditer(text)] if special else []
+    for start, stop in matches:
+        kinds[start:stop] = SPECIAL
+    begins = np.ones(len(byte), bool)
+    np.not_equal(kinds[1:], kinds[:-1], out=begins[1:])
+    begins[[start for start, _ in matches]] = True
+
+    # White space before a word: a blank at its end joins the word, any other character there is a token of its own.
+    after_space = begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] != SPECIAL)
+    after_blank = after_space & (byte[:-1] == ord(" "))
+    begins[1:] ^= after_blank
+    begins[:-1] |= after_blank
+    lone = np.flatnonzero(after_space ^ after_blank)
+    while len(lone):  # their first bytes: U+00A0, U+3000 and their like have two or three
+        inside = byte[lone] & 0xC0 == 0x80
+        begins[lone[~inside]] = True
+        lone = lone[inside] - 1
+
+    # A quotation mark at which a token begins, and s, d, m, t, ll, ve or re after it.
+    quote = np.flatnonzero(begins & (byte == ord("'")) & (kinds != SPECIAL))
+    one, two = (np.where(kinds[quote + ahead] == LETTER, byte[quote + ahead], 0) for ahead in (1, 2))
+    short = np.isin(one, list(b"sdmt"))
+    long = (one == ord("l")) & (two == ord("l")) | np.isin(one, list(b"vr")) & (two == ord("e"))
+    for contraction, size in (quote[short], 2), (quote[long], 3):
+        begins[contraction + 1] = False
+        begins[contraction + size] = True
+    places = np.flatnonzero(begins[:len(text)])
+    return places, kinds[places] == SPECIAL
+
+
+def special_pattern(specials):
+    """The compiled pattern that finds special tokens (UTF-8) in bytes, the longest where several match; None where there are none."""
+    return re.compile(b"|".join(map(re.escape, sorted(specials, key=len, reverse=True)))) if specials else None
+
+
+def cut_pattern(specials):
+    """The compiled pattern of the places where UTF-8 can be cut without changing a token: before white space that follows none.
+
+    No pre-token holds white space after anything else. A special token may: no cut goes through what could be one.
+    """
+    wide = [chr(point).encode() for point in np.flatnonzero(kind_of_code_point() == SPACE).tolist() if point > 127]
+    inside = {(token[:i], token[i:]) for token in specials for i in range(1, len(token)) if token[i:i + 1].isspace()}
+    return re.compile(rb"(?<=\S)" + b"".join(b"(?<!%s)" % space for space in wide) + rb"(?=\s)"
+                      + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail)) for head, tail in sorted(inside)))
+
+
+def slices(text, cut):
+    """Cut bytes into slices of SLICE bytes or a little more, at places that `cut` allows."""
+    start = 0
+    while start < len(text):
+        place = cut.search(text, start + SLICE)
+        stop = place.start() if place else len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def blocks(path, cut, longest, start, stop):
+    """Cut bytes start..stop of a file into (path, start, stop) of BLOCK bytes or a little more. longest: bytes of the longest special token."""
+    margin = max(longest, 4)  # as far as the cut pattern looks back and ahead
+    with open(path, "rb") as file:
+        while start < stop:
+            end, reach = start + BLOCK, 1 << 12
+            while end < stop:  # look for a place in a window behind the wanted end, in one twice as long if there is none
+                file.seek(end - margin)
+                place = cut.search(file.read(margin + reach + margin), margin)
+                if place and place.start() <= margin + reach:
+                    end += place.start() - margin
+                    break
+                end, reach = (stop if end + reach >= stop else end), 2 * reach
+            yield path, start, min(end, stop)
+            start = end
+
+
+def read_utf8(path, start, stop):
+    """Bytes start..stop of a file as valid UTF-8, with U+FFFD for what was malformed, and how many of these there were."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        text = file.read(stop - start)
+    try:
+        text.decode()
+        return text, 0
+    except UnicodeDecodeError:
+        whole = text.decode(errors="replace").encode()
+        return whole, whole.count("\ufffd".encode()) - text.count("\ufffd".encode())
+
+
+# ------------------------------------------------------------------------------------------------ words as numbers
+
+# A word of up to 15 bytes is a column of two uint64: its bytes, then zeros, then its length in the last byte. So words are compared, sorted and
+# counted as numbers, without a Python object each. The few longer ones stay bytes objects.
+SHORT = 15
+KEEP = np.array([[2 ** (8 * min(n, 8)) - 1, 2 ** (8 * max(n - 8, 0)) - 1] for n in range(SHORT + 1)], np.uint64).T.copy()  # masks by length
+
+
+def pack(text, places, lengths):
+    """The words of up to 15 bytes at `places` of a bytes object as numbers: (2, W) uint64."""
+    padded = text + bytes(16)
+    eight = np.ndarray(len(text) + 9, "<u8", padded, strides=(1,))  # the eight bytes from each place on
+    low, high = KEEP
+    return np.stack((eight[places] & low[lengths], eight[places + 8] & high[lengths] | lengths.astype(np.uint64) << np.uint64(56)))
+
+
+def unpack(words):
+    """The bytes objects that a (2, W) array of numbers stands for."""
+    raw = words.T.astype("<u8").tobytes()
+    return [raw[i:i + raw[i + SHORT]] for i in range(0, len(raw), 16)]
+
+
+def bring_together(words):
+    """Sort words (2, W) so that equal ones are neighbours: returns the order (W,), and where in it each run of equal words starts.
+
+    The order is that of a hash, whose lowest bits give way to the word's index: sorting such numbers takes a fifth of the time of
+    np.argsort. Neighbours are then compared exactly, so that words whose hashes collide cost a longer result, never a wrong one.
+    """
+    bits = np.uint64(words.shape[1].bit_length())
+    keys = words[0] * np.uint64(0x9E3779B97F4A7C15) ^ words[1] * np.uint64(0xC2B2AE3D27D4EB4F)
+    keys = np.sort(keys >> bits << bits | np.arange(len(keys), dtype=np.uint64))
+    order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.intp)
+    low, high = words[0][order], words[1][order]
+    differs = np.ones(len(order), bool)
+    differs[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    return order, np.flatnonzero(differs)
+
+
+def add_up(words, counts):
+    """Distinct words (2, D) and the sums (D,) of the counts (W,) of each."""
+    order, starts = bring_together(words)
+    return words[:, order[starts]], np.add.reduceat(counts[order], starts)
+
+
+def count_block(special, cut, block):
+    """Count the words of one block of a file: distinct short words (2, D), their counts (D,), and a Counter of the long words."""
+    text, _ = read_utf8(*block)
+    shorts, counts, longs = [np.empty((2, 0), np.uint64)], [np.empty(0, np.int64)], Counter()
+    for piece in slices(text, cut):
+        places, is_special = pretokenise(piece, special)
+        lengths = np.diff(places, append=len(piece))
+        short, long = (lengths <= SHORT) & ~is_special, (lengths > SHORT) & ~is_special
+        words = pack(piece, places[short], lengths[short])
+        order, starts = bring_together(words)
+        shorts.append(words[:, order[starts]])
+        counts.append(np.diff(starts, append=len(order)))
+        longs.update(piece[place:place + length] for place, length in zip(places[long].tolist(), lengths[long].tolist()))
+    return *add_up(np.concatenate(shorts, axis=1), np.concatenate(counts)), longs
+
+
+# ------------------------------------------------------------------------------------------------ worker processes
+
+def start_worker(function):
+    """Make `function` a worker's task. Ctrl-C is the parent's to answer; a worker whose parent is gone, killed perhaps, goes too."""
+    global task_of_worker
+    task_of_worker = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: multiprocessing.connection.wait([parent]) and os._exit(1), daemon=True).start()
+
+
+def run_task(task):
+    return task_of_worker(task)
+
+
+def in_parallel(function, tasks, num_processes):
+    """Yield function(task) of each task, in the tasks' order, computed by num_processes (0: one for each core; 1: this one).
+
+    No more than two results for each process wait to be fetched, so memory does not grow with the tasks. Raises RuntimeError if a worker dies.
+    """
+    num_processes = num_processes or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    tasks = iter(tasks)
+    ahead = deque(task for _, task in zip(range(2), tasks))
+    if num_processes == 1 or len(ahead) < 2:  # a single task is not worth a process
+        yield from map(function, ahead)
+        yield from map(function, tasks)
+        return
+    try:
+        with ProcessPoolExecutor(num_processes, initializer=start_worker, initargs=(function,)) as pool:
+            waiting = deque(pool.submit(run_task, task) for task in ahead)
+            for task in tasks:
+                waiting.append(pool.submit(run_task, task))
+                if len(waiting) > 2 * num_processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process died, perhaps for lack of memory: try fewer with --num_processes=1") from None
+
+
+# ----------------------------------------------------------------------------------------------------- 2. training
+
+def count_words(path, specials, stop, num_processes, tell):
+    """The distinct words in the first `stop` bytes of a file, each followed by one cell of -1, (cells,) int32, and their counts (W,) int64."""
+    special, cut = special_pattern(specials), cut_pattern(specials)
+    parts, rows, longs, done = [], 0, Counter(), 0
+    tasks = list(blocks(path, cut, max(map(len, specials), default=0), 0, stop))
+    for (*part, long), (_, start, end) in zip(in_parallel(partial(count_block, special, cut), tasks, num_processes), tasks):
+        parts.append(part)
+        longs.update(long)
+        rows += part[1].size
+        if rows > 1 << 21:  # memory follows the distinct words: add up as soon as two million have come
+            parts = [add_up(*map(np.hstack, zip(*parts)))]
+            rows = -parts[0][1].size
+        done += end - start
+        tell("counting words", done, stop)
+    words, counts = add_up(*map(np.hstack, zip(*parts)))
+    lengths = (words[1] >> np.uint64(56)).astype(np.intp)
+    cells = words.T.astype("<u8").view(np.uint8).astype(np.int32)  # (D, 16)
+    cells[np.arange(len(cells)), lengths] = -1
+    cells = cells[np.arange(16) <= lengths[:, None]]  # row by row, each up to its -1
+    tail = np.frombuffer(b"".join(word + b"\0" for word in longs), np.uint8).astype(np.int32)
+    tail[np.cumsum([len(word) + 1 for word in longs], dtype=np.intp) - 1] = -1
+    return np.concatenate((cells, tail)), np.concatenate((counts, np.array(list(longs.values()), np.int64)))
+
+
+class Segmentation:
+    """Byte strings cut into tokens, all in one array of a cell for each byte, with a cell of -1 before, between and after the strings.
+
+    first[i] is the token that begins at cell i, or -1; last[i] is the token that ends there, where one does. With the lengths of the tokens
+    both neighbours of a token are one look-up away, so a merge needs no list of links, and all its places are done at once.
+    """
+
+    def __init__(self, cells, lengths):
+        """cells: (N,) int32, a token or -1 each. lengths: (tokens,) bytes of each token."""
+        self.first, self.last, self.lengths = cells, cells.copy(), lengths
+
+    def pairs(self):
+        """All neighbouring tokens: left, right, and the place where the left one begins; three arrays of one length."""
+        places = np.flatnonzero(self.first >= 0)
+        left = self.first[places]
+        right = self.first[places + self.lengths[left]]
+        held = right >= 0
+        return left[held], right[held], places[held]
+
+    def still_there(self, left, right, places):
+        """Those of the places at which the pair left, right still stands."""
+        places = places[self.first[places] == left]
+        return places[self.first[places + self.lengths[left]] == right]
+
+    def merge(self, left, right, new, places):
+        """Put the token `new` for the pair left, right at its places. Returns the pairs that come into being, as pairs() does."""
+        if left == right:  # in a row of equal tokens, only every second pair can be merged: count from where the row begins
+            places = np.sort(places)
+            index = np.arange(len(places))
+            row = np.maximum.accumulate(np.where(np.diff(places, prepend=-1) != self.lengths[left], index, 0))
+            places = places[(index - row) % 2 == 0]
+        ends = places + self.lengths[new]
+        self.first[places + self.lengths[left]] = -1
+        self.first[places] = new
+        self.last[ends - 1] = new
+        before, after = self.last[places - 1], self.first[ends]
+        comes, goes = (before >= 0) & (before != new), after >= 0  # of two new neighbours, the right one's pair would be the left one's again
+        before, after = before[comes], after[goes]
+        return (np.concatenate((before, np.full(len(after), new, np.int32))), np.concatenate((np.full(len(before), new, np.int32), after)),
+                np.concatenate((places[comes] - self.lengths[before], places[goes])))
+
+
+def group_pairs(left, right, places):
+    """Sort the places by their pairs: the distinct pairs, left and right, then where the places of each start, and the places."""
+    keys = left.astype(np.int64) << 32 | right
+    order = np.argsort(keys)
+    keys = keys[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[starts] >> 32, keys[starts] & 0xFFFFFFFF, starts, places[order]
+
+
+def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None, tell=lambda phase, done, total: None):
+    """Train a byte-level BPE tokenizer: returns the vocabulary, dict[int, bytes], and the merges in order, list[tuple[bytes, bytes]].
+
+    Ids: the 256 bytes, then the merges, then the special tokens (list[str]), which cut the text and are never merged. Each step merges the
+    most frequent pair of neighbouring tokens, of equals the one whose byte strings are lexicographically greater. The result does not depend
+    on num_processes (0: one for each core). The vocabulary stays smaller than vocab_size when the text runs out of pairs. Only the first
+    `stop` bytes of the file count, where given; tell(phase, done, total) is called as the work goes on. Memory follows the distinct words.
+    Raises ValueError for a vocab_size without room for bytes and special tokens, or an empty file; OSError for a file that cannot be read.
+    """
+    specials = list(dict.fromkeys(utf8(token) for token in special_tokens))
+    if vocab_size < 256 + len(specials):
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens need {256 + len(specials)}")
+    stop = os.path.getsize(input_path) if stop is None else stop
+    if stop == 0:
+        raise ValueError(f"{input_path} is empty: there is nothing to train on")
+
+    cells, counts = count_words(input_path, specials, stop, num_processes, tell)
+    vocab = [bytes([byte]) for byte in range(256)]
+    specials = [token for token in specials if token not in vocab]
+    target = vocab_size - len(specials)
+    merges, heap = [], []
+    text = Segmentation(np.concatenate(([-1], cells), dtype=np.int32), np.ones(target, np.intp))
+    word = np.cumsum(text.first < 0, dtype=np.int32) - 1  # the word that each cell belongs to
+    descending = [chr(255 - byte) + "\u0100" for byte in range(256)]  # strings that sort in the opposite order of the tokens' bytes
+
+    def watch(pairs, floor):
+        """Put the pairs that occur `floor` times or more on the heap (0: an eighth as often as the most frequent one, or more); return floor."""
+        lefts, rights, starts, places = group_pairs(*pairs)
+        occur = np.add.reduceat(counts[word[places]], starts)
+        floor = floor or max(1, int(occur.max(initial=0)) // 8)
+        often, ends = np.flatnonzero(occur >= floor), np.append(starts, len(places))[1:]
+        for left, right, n, start, end in zip(*(part[often].tolist() for part in (lefts, rights, occur, starts, ends))):
+            heapq.heappush(heap, (-n, descending[left], descending[right], left, right, places[start:end]))
+        return floor
+
+    # Once a pair has come into being its count can only fall. So a count on the heap is an upper bound that is made true when it comes to the
+    # top, instead of after every merge that takes a place away; and rare pairs, the great majority, need no watching until the frequent ones
+    # are used up. Together that is two and a half times as fast as keeping all counts.
+    while len(vocab) < target:
+        if not heap:
+            floor = watch(text.pairs(), 0)
+            if not heap:
+                break  # every word is one token
+        bound, _, _, left, right, places = heapq.heappop(heap)
+        places = text.still_there(left, right, places)
+        occurs = int(counts[word[places]].sum())
+        if occurs < -bound:
+            if occurs >= floor:
+                heapq.heappush(heap, (-occurs, descending[left], descending[right], left, right, places))
+            continue
+        new = len(vocab)
+        merges.append((vocab[left], vocab[right]))
+        vocab.append(vocab[left] + vocab[right])
+        descending.append(descending[left][:-1] + descending[right])
+        text.lengths[new] = len(vocab[new])
+        watch(text.merge(left, right, new, places), floor)
+        tell("merging pairs", len(merges), target - 256)
+    return dict(enumerate(vocab + specials)), merges
+
+
+# ------------------------------------------------------------------------------------------ 3. encoding and decoding
+
+def utf8(text):
+    """The UTF-8 bytes of a str. Surrogates, which have none, count as U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+
+
+# GPT-2 writes a byte as one visible character: itself where it is one in Latin-1, else the next of U+0100, U+0101 and so on (a blank is U+0120).
+VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+CHARACTER = [chr(byte) if byte in VISIBLE else chr(256 + sum(b not in VISIBLE for b in range(byte))) for byte in range(256)]
+BYTE = {ord(character): byte for byte, character in enumerate(CHARACTER)}
+
+
+def shown(token):
+    """The visible form of a token's bytes: shown(b" the") is "\u0120the"."""
+    return "".join(CHARACTER[byte] for byte in token)
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary name beside `path`, which takes its place when the block ends well: nobody ever sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # the bytes reach the disk before the name does: a power cut leaves the old file or the new one
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class WordCache(dict):
+    """The token ids of words, as bytes, filled on first sight by encode_word. Of fixed size: emptied when full, and long words do not stay."""
+
+    def __init__(self, encode_word):
+        self.encode_word = encode_word
+
+    def __missing__(self, word):
+        ids = self.encode_word(word)
+        if len(word) <= 64:
+            if len(self) >= 1 << 18:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+class Tokenizer:
+    """Text to token ids and back, with a trained vocabulary.
+
+    vocab: dict[int, bytes], ids 0..n-1. merges: list[tuple[bytes, bytes]] in the order of training. special_tokens: list[str] that are one token
+    each in text to encode; those that the vocabulary lacks are appended to it. Where several match, the leftmost wins, then the longest.
+    Raises ValueError for a vocabulary and merges that do not fit together.
+    """
+
+    def __init__(self, vocab, merges, special_tokens=None):
+        self.vocab, self.merges = dict(vocab), list(merges)
+        if sorted(self.vocab) != list(range(len(self.vocab))):
+            raise ValueError(f"the {len(self.vocab)} token ids are not 0 to {len(self.vocab) - 1}, each once")
+        ids = {token: number for number, token in self.vocab.items()}
+        if len(ids) < len(self.vocab):
+            raise ValueError(f"{len(self.vocab)} token ids stand for {len(ids)} different tokens: one stands twice")
+        for token in special_tokens or ():
+            if not token:
+                raise ValueError("a special token is empty text, which matches everywhere: leave it out")
+            if utf8(token) not in ids:
+                self.vocab[len(ids)] = utf8(token)
+                ids[utf8(token)] = len(ids)
+        self.special_tokens = {token: ids[utf8(token)] for token in special_tokens or ()}
+        made = {bytes([byte]) for byte in range(256)}
+        if missing := made - ids.keys():
+            raise ValueError(f"the vocabulary lacks the byte {min(missing)!r} and could not encode every text")
+        for left, right in self.merges:
+            if left not in made or right not in made or left + right not in ids:
+                raise ValueError(f"the merge of {left!r} and {right!r} does not fit the vocabulary: "
+                                 "each part must be a byte or made by an earlier merge, and the whole must have an id")
+            made.add(left + right)
+        self.byte_ids = [ids[bytes([byte])] for byte in range(256)]
+        self.pairs = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
+        self.rank = {(left, right): rank for rank, (left, right, _) in enumerate(self.pairs)}
+        if len(self.rank) < len(self.pairs):
+            raise ValueError(f"{len(self.pairs) - len(self.rank)} merges stand twice")
+        self.lengths = np.array([len(self.vocab[number]) for number in range(len(self.vocab))], np.intp)
+        self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
+        self.special_ids = {utf8(token): number for token, number in self.special_tokens.items()}
+        self.special, self.cut = special_pattern(list(self.special_ids)), cut_pattern(list(self.special_ids))
+        self.longest_special = max(map(len, self.special_ids), default=0)
+        self.cache = WordCache(self.encode_word)
+
+    @classmethod
+    def from_files(cls, vocab_filepath, merges_filepath, special_tokens=None):
+        """Load vocab.json and merges.txt as save, Hugging Face or GPT-2 wrote them. Raises ValueError, naming the file, if they are broken."""
+        try:
+            pairs = json.loads(Path(vocab_filepath).read_text(encoding="utf-8"), object_pairs_hook=list)
+            table = {text: number for text, number in pairs if isinstance(text, str) and type(number) is int}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{vocab_filepath} is no JSON object of tokens and their ids: {error}") from None
+        if len(set(table.values())) < len(pairs):
+            raise ValueError(f"{vocab_filepath} has a token or an id twice, or an id that is no whole number")
+        try:
+            lines = Path(merges_filepath).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{merges_filepath} is not UTF-8: {error}") from None
+        merges, made = [], set(CHARACTER)
+        for number, line in enumerate(lines, 1):
+            if line.strip() and not (number == 1 and line.startswith("#version")):
+                parts = line.rstrip("\r").split(" ")
+                if len(parts) != 2 or not set(line.rstrip("\r")) <= {*CHARACTER, " "}:
+                    raise ValueError(f"{merges_filepath}, line {number}: {line!r} is not two tokens with a blank between them")
+                merges.append(tuple(bytes(part.translate(BYTE).encode("latin-1")) for part in parts))
+                made.add("".join(parts))
+        # What is neither a byte nor made by a merge is a special token, and stands in the file as it is.
+        vocab = {number: text.translate(BYTE).encode("latin-1") if text in made else utf8(text) for text, number in table.items()}
+        try:
+            return cls(vocab, merges, special_tokens)
+        except ValueError as error:
+            raise ValueError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Load a folder's vocab.json and merges.txt, and treat as special every token that is neither a byte nor made by a merge."""
+        tokenizer = cls.from_files(Path(folder) / "vocab.json", Path(folder) / "merges.txt")
+        ordinary = {left + right for left, right in tokenizer.merges}
+        specials = [token.decode() for token in tokenizer.vocab.values() if len(token) > 1 and token not in ordinary]
+        return cls(tokenizer.vocab, tokenizer.merges, specials)
+
+    def save(self, folder):
+        """Write vocab.json and merges.txt into a folder, in GPT-2's format; each file is replaced as a whole."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        ordinary = {bytes([byte]) for byte in range(256)} | {left + right for left, right in self.merges}
+        table = {shown(token) if token in ordinary else token.decode(): number for number, token in sorted(self.vocab.items())}
+        if len(table) < len(self.vocab):
+            raise ValueError("a special token reads like the visible form of another token: choose one with a character that has no such form")
+        with replacing(Path(folder) / "vocab.json") as path:
+            path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+        with replacing(Path(folder) / "merges.txt") as path:
+            lines = "".join(f"{shown(left)} {shown(right)}\n" for left, right in self.merges)
+            path.write_text("#version: 0.2\n" + lines, encoding="utf-8", newline="\n")
+
+    def encode_word(self, word):
+        """The token ids of one pre-token or special token (bytes), as bytes of self.dtype. n bytes cost O(n log n)."""
+        if word in self.special_ids:
+            return self.dtype.type(self.special_ids[word]).tobytes()
+        ids = [self.byte_ids[byte] for byte in word]
+        if len(ids) > 100:
+            return self.merge_long(ids).astype(self.dtype).tobytes()
+        ranks = [self.rank.get(pair, math.inf) for pair in zip(ids, ids[1:])]
+        while ranks and (lowest := min(ranks)) < math.inf:
+            i = ranks.index(lowest)
+            ids[i:i + 2] = [self.pairs[lowest][2]]
+            del ranks[i]
+            if i > 0:
+                ranks[i - 1] = self.rank.get((ids[i - 1], ids[i]), math.inf)
+            if i < len(ranks):
+                ranks[i] = self.rank.get((ids[i], ids[i + 1]), math.inf)
+        return np.array(ids, self.dtype).tobytes()
+
+    def merge_long(self, ids):
+        """Merge a long word: rank by rank and all places of a pair at once, where one place at a time would cost O(n^2). Returns (tokens,)."""
+        text, heap, places_of = Segmentation(np.array([-1, *ids, -1], np.int32), self.lengths), [], {}
+
+        def watch(pairs):
+            lefts, rights, starts, places = group_pairs(*pairs)
+            for left, right, group in zip(lefts.tolist(), rights.tolist(), np.split(places, starts[1:])):
+                rank = self.rank.get((left, right))
+                if rank is not None:
+                    if rank not in places_of:
+                        heapq.heappush(heap, rank)
+                    places_of.setdefault(rank, []).append(group)
+
+        watch(text.pairs())
+        while heap:
+            rank = heapq.heappop(heap)
+            left, right, new = self.pairs[rank]
+            watch(text.merge(left, right, new, text.still_there(left, right, np.concatenate(places_of.pop(rank)))))
+        return text.first[text.first >= 0]
+
+    def encode(self, text):
+        """The token ids of a str, list[int]. Special tokens in it become their ids; lone surrogates count as U+FFFD."""
+        raw = utf8(text)
+        if len(raw) > 4096:
+            return self.encode_bytes(raw).tolist()
+        # For a few words the pattern itself is faster than setting up arrays: 5 microseconds instead of 200.
+        words, start = [], 0
+        for match in self.special.finditer(raw) if self.special else ():
+            words += PATTERN.findall(raw[start:match.start()].decode()) + [match[0].decode()]
+            start = match.end()
+        words += PATTERN.findall(raw[start:].decode())
+        return np.frombuffer(b"".join([self.cache[word.encode()] for word in words]), self.dtype).tolist()
+
+    def encode_bytes(self, text):
+        """The token ids of valid UTF-8, (tokens,) of self.dtype."""
+        return np.concatenate([np.empty(0, self.dtype), *map(self.encode_slice, slices(text, self.cut))])
+
+    def encode_slice(self, text):
+        """encode_bytes for a text whose arrays fit the cache: looks up each distinct word once, then gathers the ids of all places."""
+        places, is_special = pretokenise(text, self.special)
+        lengths = np.diff(places, append=len(text))
+        short = np.flatnonzero((lengths <= SHORT) & ~is_special)
+        other = np.flatnonzero((lengths > SHORT) | is_special)
+        words = pack(text, places[short], lengths[short])
+        order, starts = bring_together(words)
+        distinct = unpack(words[:, order[starts]])
+        index = np.empty(len(places), np.intp)  # into the distinct words
+        index[short[order]] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
+        index[other] = np.arange(len(other)) + len(distinct)
+        distinct += [text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())]
+        encoded = [self.cache[word] for word in distinct]
+        sizes = np.array([len(ids) for ids in encoded], np.intp) // self.dtype.itemsize
+        begins = np.cumsum(sizes) - sizes
+        size = sizes[index]
+        ends = np.cumsum(size)
+        gather = np.arange(size.sum()) + np.repeat(begins[index] - (ends - size), size)
+        return np.frombuffer(b"".join(encoded), self.dtype)[gather]
+
+    def encode_iterable(self, iterable):
+        """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily and in constant memory."""
+        text, tried = bytearray(), 0
+        for item in iterable:
+            text += utf8(item)
+            if len(text) - tried > 8192:
+                place = self.cut.search(text, max(tried, 4096))
+                if place and place.start() + self.longest_special <= len(text):  # else a special token could still come to lie across it
+                    yield from self.encode_bytes(bytes(text[:place.start()])).tolist()
+                    del text[:place.start()]
+                    tried = 0
+                else:
+                    tried = len(text) - self.longest_special
+        yield from self.encode_bytes(bytes(text)).tolist()
+
+    def encode_block(self, block):
+        """The ids of one block of a file, as bytes of self.dtype, and how many malformed places it had."""
+        text, malformed = read_utf8(*block)
+        return self.encode_bytes(text).tobytes(), malformed
+
+    def encode_file(self, text_path, bin_path, num_processes=0, start=0, stop=None, tell=lambda phase, done, total, malformed: None):
+        """Encode a UTF-8 file (bytes start..stop of it, where given) into a file of raw little-endian ids; return their number.
+
+        uint16 up to 65,536 tokens in the vocabulary, else uint32. Uses num_processes (0: one for each core) and memory that does not grow with
+        the file; malformed bytes count as U+FFFD. tell(phase, done, total, malformed) is called as the work goes on. bin_path is replaced as a whole.
+        """
+        stop, done, written = os.path.getsize(text_path) if stop is None else stop, 0, 0
+        tasks = list(blocks(text_path, self.cut, self.longest_special, start, stop))
+        with replacing(bin_path) as path, open(path, "wb") as file:
+            for (ids, malformed), (_, begin, end) in zip(in_parallel(self.encode_block, tasks, num_processes), tasks):
+                file.write(ids)
+                written += len(ids)
+                done += end - begin
+                tell(f"encoding {Path(text_path).name}", done, stop - start, malformed)
+        return written // self.dtype.itemsize
+
+    def decode(self, ids):
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id that the vocabulary lacks."""
+        try:
+            return b"".join([self.vocab[number] for number in ids]).decode(errors="replace")
+        except KeyError as error:
+            raise ValueError(f"the vocabulary has {len(self.vocab)} tokens, none with id {error}") from None
+
+
+# ------------------------------------------------------------------------- the command line, for all four scripts
+
+class UsageError(ValueError):
+    """A flag or its value is wrong: one_line_errors ends the script with status 2."""
+
+
+def flags_of(script):
+    """The flags of a script: {name: (default, comment)}, read from the block of constants at its top (lower-case names, one literal a line)."""
+    source = Path(script).read_text(encoding="utf-8")
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
+    return {node.targets[0].id: (ast.literal_eval(node.value), comments.get(node.lineno, "")) for node in ast.parse(source).body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower()}
+
+
+def parse_value(name, text, default):
+    """The text behind --name as a value of the default's type. Raises UsageError, naming the type that is wanted."""
+    try:
+        if isinstance(default, bool):
+            return {"True": True, "False": False}[text]
+        value = type(default)(text)
+        if isinstance(value, str) or abs(value) < 2 ** 63 and math.isfinite(value):
+            return value
+    except (KeyError, ValueError):
+        pass
+    wanted = {bool: "True or False", int: "a whole number below 2**63", float: "a finite number"}[type(default)]
+    raise UsageError(f"--{name}={text!r}: wants {wanted}, as in --{name}={default}")
+
+
+def configure(constants, arguments=None):
+    """Override a script's module-level constants from its command line (`--name=value` or `--name value`) and return them all as a dict.
+
+    constants: the script's globals(), changed in place. arguments: the command line, sys.argv[1:] where None. `--help` prints the constants
+    with their comments and exits. Raises UsageError for an unknown name, a name given twice, and a value missing or of the wrong type.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    flags = flags_of(constants["__file__"])
+    if "--help" in arguments or "-h" in arguments:
+        width = max(len(f"--{name}={default}") for name, (default, _) in flags.items())
+        print(constants["__doc__"].strip(), "\n\nFlags, with their defaults:", sep="")
+        print("\n".join(f"  {f'--{name}={default}':<{width}}  {comment}" for name, (default, comment) in flags.items()))
+        sys.exit(0)
+    given = {}
+    while arguments:
+        word = arguments.pop(0)
+        name, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or name not in flags:
+            near = difflib.get_close_matches(name if word.startswith("--") else word, flags, n=1, cutoff=0)[0]
+            raise UsageError(f"{word!r} is no flag; the nearest is --{near} (--help lists them all)")
+        if not equals:
+            if not arguments or arguments[0].startswith("--"):
+                raise UsageError(f"--{name} wants a value, as in --{name}={flags[name][0]}")
+            text = arguments.pop(0)
+        if name in given:
+            raise UsageError(f"--{name} is given twice: {given[name]!r} and {text!r}")
+        given[name] = parse_value(name, text, flags[name][0])
+    constants.update(given)
+    return {name: constants[name] for name in flags}
+
+
+def require(holds, message):
+    """Raise UsageError(message) unless `holds`: for flags whose value has the right type but makes no sense."""
+    if not holds:
+        raise UsageError(message)
+
+
+@contextmanager
+def one_line_errors():
+    """End the script on an error with one line on stderr: status 2 for a UsageError, 1 for a failure at run time, 130 for Ctrl-C."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output left, as `| head` does: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except OSError as error:
+        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    except (ValueError, RuntimeError, MemoryError) as error:
+        message, status = str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1
+    else:
+        return
+    print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+@contextmanager
+def only_run_in(folder):
+    """Make `folder`, and hold it for this process until the block ends. Raises BlockingIOError if another run holds it.
+
+    The lock is the operating system's, so it ends with its process, however that dies; the empty file .lock stays behind.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(f"another run is at work in {folder}: wait for it, or choose another folder") from None
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- the main program
+
+class Report:
+    """Seconds for each phase of the work, and on a terminal a line that says how far the present one is."""
+
+    def __init__(self):
+        self.seconds, self.malformed, self.phase, self.since, self.shown = {}, 0, None, time.perf_counter(), 0.0
+
+    def __call__(self, phase, done, total, malformed=0):
+        """Note that `done` of `total` units (bytes, or merges) of a phase are done."""
+        now, self.malformed = time.perf_counter(), self.malformed + malformed
+        if phase != self.phase:
+            self.phase, self.begin = phase, self.since
+        self.since, self.seconds[phase] = now, now - self.begin
+        if sys.stdout.isatty() and now - self.shown > 0.1:
+            self.shown, left = now, (total - done) * self.seconds[phase] / done
+            speed = "" if phase.startswith("merging") else f" {done / 1e6 / self.seconds[phase]:.0f} MB/s"
+            line = f"{done / total:4.0%}{speed} {left:.0f} s left, {phase}"
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", flush=True)
+
+    def clear(self):
+        """Take the line off the terminal."""
+        if sys.stdout.isatty():
+            print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r", flush=True)
+
+
+def standard_library(path):
+    """Write the source of Python's standard library into one file: modules in sorted order, tests and site-packages left out, END after each."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    modules = sorted(module.relative_to(root).as_posix() for module in root.rglob("*.py"))
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        for module in modules:
+            if not {"test", "tests", "idle_test", "site-packages"} & set(module.split("/")):
+                file.write((root / module).read_text(encoding="utf-8", errors="replace") + END)
+
+
+def start_of_held_out(path, specials):
+    """Where the last documents of a file begin, a twentieth of it but 10 MB at most: after a special token, or at white space where there is none."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.seek(size - min(size // 20, 10_000_000))
+        tail = file.read()
+    special, last = special_pattern(specials), len(tail.rstrip())
+    ends = (match.end() for match in special.finditer(tail) if match.end() < last) if special else iter(())
+    place = next(ends, None) or next((match.start() for match in cut_pattern(specials).finditer(tail)), None)
+    if place is None:
+        raise ValueError(f"{path}: found no place near the end to hold out text for validation; name a file with --val_data")
+    return start + place
+
+
+def peak_memory():
+    """The peak memory of this process and of its largest worker, as a line for the report."""
+    try:
+        import resource
+    except ImportError:
+        return "not known on this platform"
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    own, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return f"{own:.0f} MB, largest worker process {worker:.0f} MB"
+
+
+def main():
+    for name, path in ("data", data), ("val_data", val_data):
+        if path and not os.path.isfile(path):
+            raise FileNotFoundError(f"--{name}={path!r} is {'a folder' if os.path.isdir(path) else 'not there'}: wants a text file")
+        if path and not os.path.getsize(path):
+            raise ValueError(f"--{name}={path!r} is empty")
+    require(data_dir, "--data_dir is empty: name a folder")
+    require(num_processes >= 0, f"--num_processes={num_processes}: wants 0, for one for each core, or more")
+    specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))
+    require(vocab_size >= 256 + len(specials),
+            f"--vocab_size={vocab_size}: wants {256 + len(specials)} at least, for 256 bytes and {len(specials)} special tokens")
+    folder, report, began = Path(data_dir), Report(), time.perf_counter()
+
+    with only_run_in(folder):
+        text = Path(data or folder / "stdlib.txt")
+        if not data:
+            standard_library(text)
+            report("collecting the standard library", 1, 1)
+        size = os.path.getsize(text)
+        train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in specials])
+        if tokenizer_dir:
+            tokenizer = Tokenizer.from_folder(tokenizer_dir)
+            report("loading the tokenizer", 1, 1)
+        else:
+            vocab, merges = train_bpe(text, vocab_size, specials, num_processes, train_stop, report)
+            tokenizer = Tokenizer(vocab, merges, specials)
+        with replacing(folder / "train.bin") as train_bin, replacing(folder / "val.bin") as val_bin:
+            train_tokens = tokenizer.encode_file(text, train_bin, num_processes, 0, train_stop, report)
+            encoded_in = report.seconds[report.phase]
+            if val_data:
+                val_tokens = tokenizer.encode_file(val_data, val_bin, num_processes, tell=report)
+            else:
+                val_tokens = tokenizer.encode_file(text, val_bin, num_processes, train_stop, size)
+            tokenizer.save(folder)  # now all four files are there, and take their places together
+        report.clear()
+
+    val_size = os.path.getsize(val_data) if val_data else size - train_stop
+    speed = train_stop / 1e6 / encoded_in
+    print(f"text: {text}, {train_stop / 1e6:.1f} MB to train on, {val_size / 1e6:.1f} MB for validation"
+          + (f"; {report.malformed} malformed places, read as U+FFFD" if report.malformed else ""))
+    if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
+        print(f"the text has no more pairs to merge: the vocabulary ends at {len(tokenizer.vocab)} tokens, short of {vocab_size}")
+    print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in report.seconds.items())
+          + f"; {time.perf_counter() - began:.2f} in all")
+    print(f"peak memory: {peak_memory()}")
+    longest = sorted(tokenizer.vocab.values(), key=len, reverse=True)[:5]
+    print("longest tokens: " + ", ".join(f"{token.decode(errors='replace')!r} ({len(token)} bytes)" for token in longest))
+    print(f"bytes per token: {train_stop / train_tokens:.3f} in training, {val_size / val_tokens:.3f} in validation text")
+    print(f"encoding: {speed:.1f} MB/s; the Pile (825 GB) would take {825e3 / speed / 3600:.1f} hours")
+    print(f"wrote vocab.json ({len(tokenizer.vocab):,} tokens), merges.txt, train.bin ({train_tokens:,} ids, {tokenizer.dtype.name}) "
+          f"and val.bin ({val_tokens:,}) into {folder}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        configure(globals())
+        main()
