@@ -1,0 +1,1342 @@
+"""
+What the four scripts do, stated as facts and tried, in the order of the scripts: python -m pytest -q test_all.py
+
+The plain versions of what is fast in the scripts stand here, and both are held against each other.
+"""
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import bpe
+import model as m
+import model
+import sample
+import train
+from bpe import Tokenizer, train_bpe
+from model import (
+    Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, TransformerBlock, TransformerLM,
+    activations, adamw_memory, causal_attention, cross_entropy, forward_flops, gpt2, largest_batch, matrix_products, meta_model,
+    parameters, scaled_dot_product_attention, silu, softmax, training_days, training_flops)
+from sample import candidates, generate, print_streamed, streamed, surprise
+from train import (
+    AdamW, Muon, SGD, get_batch, get_lr_cosine_schedule, gradient_clipping, load_checkpoint, load_tokens, orthogonalise,
+    read_checkpoint, save_checkpoint)
+
+ROOT = Path(__file__).resolve().parent
+END = "<|endoftext|>"
+
+
+# ---------------------------------------------------------------------------------------------------------------- bpe.py
+
+# The plain definitions, word by word from the handout: what the fast versions in bpe.py are held against.
+
+def plain_split(text, specials):
+    """The pieces of a text between special tokens (str), and the special tokens: the leftmost match first, of those the longest."""
+    pieces, start, i = [], 0, 0
+    while i < len(text):
+        match = max((token for token in specials if text.startswith(token, i)), key=len, default=None)
+        if match is None:
+            i += 1
+        else:
+            pieces += [(text[start:i], False), (match, True)]
+            start = i = i + len(match)
+    return [piece for piece in pieces + [(text[start:], False)] if piece[0]]
+
+
+def plain_pretokens(text, specials=()):
+    return [word for piece, special in plain_split(text, specials)
+            for word in ([piece] if special else re_findall(piece))]
+
+
+def re_findall(text):
+    return regex.findall(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", text)
+
+
+def merge_word(word, pair):
+    """A word (tuple of bytes) with every occurrence of a pair merged, from the left."""
+    merged, i = [], 0
+    while i < len(word):
+        if word[i:i + 2] == pair:
+            merged.append(word[i] + word[i + 1])
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return tuple(merged)
+
+
+def plain_train(text, vocab_size, specials):
+    """Count all pairs anew for every merge."""
+    words = Counter(tuple(bytes([byte]) for byte in word.encode())
+                    for piece, special in plain_split(text, specials) if not special for word in re_findall(piece))
+    vocab, merges = [bytes([byte]) for byte in range(256)], []
+    tokens = [token.encode() for token in dict.fromkeys(specials) if token.encode() not in vocab]
+    while len(vocab) + len(tokens) < vocab_size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        vocab.append(best[0] + best[1])
+        merged = Counter()
+        for word, count in words.items():
+            merged[merge_word(word, best)] += count
+        words = merged
+    return dict(enumerate(vocab + tokens)), merges
+
+
+def plain_encode(text, vocab, merges, specials=()):
+    ids, out = {token: number for number, token in vocab.items()}, []
+    for piece, special in plain_split(text, specials):
+        for word in [piece] if special else re_findall(piece):
+            tokens = (word.encode(),) if special else tuple(bytes([byte]) for byte in word.encode())
+            while not special and (known := [pair for pair in zip(tokens, tokens[1:]) if pair in merges]):
+                tokens = merge_word(tokens, min(known, key=merges.index))
+            out += [ids[token] for token in tokens]
+    return out
+
+
+SPACES = [chr(point) for point in range(0x3001) if regex.match(r"\s", chr(point))] + ["\x1c", "\x1f", "\u180e", "\u200b", "\ufeff"]
+BITS = SPACES + [" "] * 20 + ["\n"] * 6 + ["\r\n", "\t", "  ", "    ", " \n"] + list("aaabbstdmlvre'''0123_-.,!") + [
+    "'s", "'ll", "'ve", "don't", "they'll", "é", "\u0301", "中", "文字", "😀", "👩\u200d🔬", "½", "٣", "Ⅷ", "ß", "\0", "\x7f", "\ufffd", "\U0003ffff",
+    "\U00040000", "\U0010ffff", "the", " the", "ing", "<|", "|>", END, "aab", "zq", "longer-than-fifteen", "abcdefghijklmnop", "0123456789abcdef" * 3]
+SPECIALS = [END, "<|", "<|end", "aab", "a b", " z", "zq ", "q\nz", "b", "'s", "x<|", "…"]
+
+
+def random_text(rng, bits=60):
+    return "".join(rng.choice(BITS) for _ in range(rng.randrange(bits)))
+
+
+def random_specials(rng):
+    return rng.sample(SPECIALS, rng.randrange(5))
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_the_handouts_example_merges_in_the_handouts_order(tmp_path):
+    text = write(tmp_path / "text", "low low low low low lower lower widest widest widest newest newest newest newest newest newest")
+    _, merges = train_bpe(text, 256 + 6 + 1, [END])
+    assert [left + right for left, right in merges[:4]] == [b"st", b"est", b"ow", b"low"]
+    _, merges = train_bpe(write(tmp_path / "ties", "ab ab cd cd"), 256 + 1, [])
+    assert merges == [(b"c", b"d")]  # of equal counts the lexicographically greater pair
+
+
+def test_the_handouts_encoding_example():
+    vocab = dict(enumerate([bytes([byte]) for byte in range(256)] + [b"th", b" c", b" a", b"the", b" at"]))
+    merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
+    assert Tokenizer(vocab, merges).encode("the cat ate") == [259, 257, ord("a"), ord("t"), 260, ord("e")]
+
+
+def test_every_code_point_has_the_kind_that_the_pattern_gives_it():
+    every = [chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    kinds = {bpe.SPACE: r"\s", bpe.LETTER: r"\p{L}", bpe.DIGIT: r"\p{N}"}
+    found = bpe.kind_of_byte("".join(every).encode())[np.cumsum([0] + [len(char.encode()) for char in every[:-1]])]
+    for kind, pattern in kinds.items():
+        wanted = set(regex.findall(pattern, "".join(every)))
+        assert {char for char, k in zip(every, found.tolist()) if k == kind} == wanted
+
+
+def test_pretokens_are_those_of_the_plain_pattern():
+    rng = random.Random(0)
+    for _ in range(6000):
+        text, specials = random_text(rng), random_specials(rng)
+        raw = text.encode()
+        places, is_special = bpe.pretokenise(raw, bpe.special_pattern([token.encode() for token in specials]))
+        found = [raw[start:stop].decode() for start, stop in zip(places, [*places[1:], len(raw)])]
+        assert found == plain_pretokens(text, specials), (text, specials)
+        assert [word for word, special in zip(found, is_special) if special] == [piece for piece, special in plain_split(text, specials) if special]
+
+
+def test_no_cut_changes_a_token():
+    rng = random.Random(1)
+    for _ in range(3000):
+        text, specials = random_text(rng, 30), random_specials(rng)
+        raw, whole = text.encode(), plain_pretokens(text, specials)
+        for cut in bpe.cut_pattern([token.encode() for token in specials]).finditer(raw):
+            left, right = raw[:cut.start()].decode(), raw[cut.start():].decode()
+            assert plain_pretokens(left, specials) + plain_pretokens(right, specials) == whole, (left, right, specials)
+
+
+def test_short_words_survive_being_packed_into_numbers():
+    rng = random.Random(2)
+    words = [bytes(rng.choices(b"\0\0ab\xff", k=rng.randrange(1, 16))) for _ in range(3000)]
+    lengths = np.array([len(word) for word in words])
+    packed = bpe.pack(b"".join(words), np.cumsum(lengths) - lengths, lengths)
+    assert bpe.unpack(packed) == words
+    distinct, counts = bpe.add_up(packed, np.ones(len(words), np.int64))
+    assert dict(zip(bpe.unpack(distinct), counts.tolist())) == Counter(words)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_training_equals_the_plain_trainer_for_any_number_of_processes(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(bpe, "BLOCK", 300)  # many ranges, so that their edges fall into everything
+    monkeypatch.setattr(bpe, "SLICE", 40)
+    rng = random.Random(processes)
+    for case in range(60 if processes == 1 else 4):
+        text, specials = random_text(rng, 400), random_specials(rng)
+        if text:
+            size = 256 + len(specials) + rng.choice([0, 5, 50, 400])
+            assert train_bpe(write(tmp_path / "text", text), size, specials, processes) == plain_train(text, size, specials), (text, specials)
+
+
+def test_training_on_ties_and_repeats_equals_the_plain_trainer(tmp_path):
+    rng = random.Random(3)
+    for letters in ("a", "ab", "abc", "aé"):
+        for _ in range(15):
+            text = "".join(rng.choice(letters + " ") for _ in range(rng.randrange(1, 300)))
+            assert train_bpe(write(tmp_path / "text", text), 400, []) == plain_train(text, 400, [])
+
+
+def test_malformed_utf8_counts_as_replacement_characters_wherever_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe, "BLOCK", 16)
+    rng = random.Random(4)
+    pieces = [b"\xff", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xf0\x9f\x98", b"\x80", b"\xed\xa0\x80", b" ", b" ", b"\n", b"ab", "é ".encode(), "\ufffd".encode()]
+    tokenizer = None
+    for _ in range(100):
+        raw = b"".join(rng.choice(pieces) for _ in range(rng.randrange(1, 60)))
+        path = write(tmp_path / "text", raw)
+        vocab, merges = train_bpe(path, 300, [], 1)
+        assert (vocab, merges) == plain_train(raw.decode(errors="replace"), 300, [])
+        tokenizer, seen = Tokenizer(vocab, merges), []
+        tokenizer.encode_file(path, tmp_path / "ids", 1, tell=lambda phase, done, total, malformed: seen.append(malformed))
+        assert np.fromfile(tmp_path / "ids", "<u2").tolist() == tokenizer.encode(raw.decode(errors="replace"))
+        assert sum(seen) == raw.decode(errors="replace").count("\ufffd") - raw.count("\ufffd".encode())
+
+
+def test_a_count_beyond_32_bits_does_not_overflow():
+    cells = np.array([-1, *b"ab", -1, *b"cd", -1], np.int32)
+    words, counts = bpe.add_up(np.array([[1, 1, 2], [1, 1, 2]], np.uint64), np.array([2 ** 33, 2 ** 34, 5]))
+    assert sorted(counts.tolist()) == [5, 2 ** 33 + 2 ** 34] and cells.size == 7
+
+
+def test_the_vocabulary_ends_where_pairs_do(tmp_path):
+    vocab, merges = train_bpe(write(tmp_path / "text", "abc abc" + END), 1000, [END])
+    assert len(merges) == 3 and len(vocab) == 260 and vocab[259] == END.encode()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tokenizer trained on random text with its special tokens, and the plain parts of it."""
+    rng = random.Random(5)
+    path = write(tmp_path_factory.mktemp("trained") / "text", "".join(random_text(rng) for _ in range(300)))
+    vocab, merges = train_bpe(path, 700, [END, "<|", "a b"])
+    return Tokenizer(vocab, merges, [END, "<|", "a b"]), vocab, merges
+
+
+def test_encoding_equals_the_plain_encoder_and_decodes_to_the_text(trained):
+    tokenizer, vocab, merges = trained
+    rng = random.Random(6)
+    for _ in range(300):
+        text = random_text(rng)
+        ids = tokenizer.encode(text)
+        assert ids == plain_encode(text, vocab, merges, list(tokenizer.special_tokens)) and tokenizer.decode(ids) == text
+        assert tokenizer.encode_bytes(text.encode()).tolist() == ids  # the array code that long texts take
+
+
+def test_random_unicode_survives_encoding_and_decoding(trained):
+    tokenizer, rng = trained[0], random.Random(7)
+    points = [*range(0xD800), *range(0xE000, 0x110000)]
+    for _ in range(10_000):
+        text = "".join(map(chr, rng.choices(points, k=rng.randrange(12))))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    every = "".join(map(chr, points))
+    assert tokenizer.decode(tokenizer.encode(every)) == every
+
+
+def test_lone_surrogates_count_as_the_replacement_character(trained):
+    assert trained[0].encode("a\ud800b\udfff") == trained[0].encode("a\ufffdb\ufffd")
+
+
+def test_words_of_any_length_are_merged_as_the_plain_encoder_does(trained):
+    tokenizer, rng = trained[0], random.Random(8)
+    for letters in ("a", "ab", "abt", "é中", "aab the"):
+        for length in (1, 2, 15, 16, 17, 33, 64, 65, 128, 129, 400):
+            word = "".join(rng.choice(letters) for _ in range(length)).encode()[:length]
+            tokens = tuple(bytes([byte]) for byte in word)
+            while known := [pair for pair in zip(tokens, tokens[1:]) if pair in tokenizer.merges]:
+                tokens = merge_word(tokens, min(known, key=tokenizer.merges.index))
+            wanted = [number for token in tokens for number, other in tokenizer.vocab.items() if other == token]
+            for ids in (tokenizer.ids_of_words([word])[0], tokenizer.merge_long(word), tokenizer.merge_words([b"x", word])[1]):
+                assert np.frombuffer(ids, tokenizer.dtype).tolist() == wanted
+
+
+def test_encode_iterable_is_lazy_and_gives_the_ids_of_the_joined_text(trained):
+    tokenizer, rng = trained[0], random.Random(9)
+    for size in (1, 7, 10_000):
+        text = "".join(random_text(rng) for _ in range(2000))
+        parts = [text[i:i + size] for i in range(0, len(text), size)]
+        assert list(tokenizer.encode_iterable(parts)) == tokenizer.encode(text)
+    endless = tokenizer.encode_iterable(iter(lambda: "once upon a time\n", None))
+    assert tokenizer.decode(next(endless) for _ in range(100)).startswith("once upon")
+
+
+def test_encode_file_writes_the_ids_of_encode_for_any_number_of_processes(trained, tmp_path, monkeypatch):
+    tokenizer, rng = trained[0], random.Random(10)
+    text = "".join(random_text(rng) for _ in range(1500))
+    path = write(tmp_path / "text", text)
+    monkeypatch.setattr(bpe, "BLOCK", 5000)
+    for processes in (1, 2, 3):
+        count = tokenizer.encode_file(path, tmp_path / "ids.bin", processes)
+        ids = np.fromfile(tmp_path / "ids.bin", "<u2")
+        assert count == len(ids) and ids.tolist() == tokenizer.encode(text)
+    assert sorted(os.listdir(tmp_path)) == ["ids.bin", "text"]
+
+
+def test_ids_are_uint16_up_to_65536_tokens_and_uint32_beyond(tmp_path):
+    bytes_only = [bytes([byte]) for byte in range(256)]
+    for extra, dtype in ((65536 - 256, "<u2"), (65537 - 256, "<u4")):
+        tokenizer = Tokenizer(dict(enumerate(bytes_only)), [], [f"<{i}>" for i in range(extra)])
+        tokenizer.encode_file(write(tmp_path / "text", f"a<{extra - 1}>"), tmp_path / "ids")
+        assert np.fromfile(tmp_path / "ids", dtype).tolist() == [97, 255 + extra]
+
+
+def test_a_special_token_keeps_the_id_that_the_vocabulary_gives_it():
+    vocab = dict(enumerate([b"<x>"] + [bytes([byte]) for byte in range(256)]))
+    tokenizer = Tokenizer(vocab, [], ["<x>", "<y>"])
+    assert tokenizer.encode("a<x><y>") == [98, 0, 257] and tokenizer.decode([0, 257]) == "<x><y>"
+    assert Tokenizer(vocab, []).encode("<x>") == [61, 121, 63]  # special is what the caller names, nothing else
+
+
+def test_saved_files_have_gpt2s_layout_and_load_again(trained, tmp_path):
+    tokenizer = trained[0]
+    tokenizer.save(tmp_path)
+    table = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    assert lines[0] == "#version: 0.2" and len(lines) == len(tokenizer.merges) + 2
+    assert table["\u0120"] == 32 and table["\u010a"] == 10 and table["!"] == 33 and table[END] == 256 + len(tokenizer.merges) and table["a b"] > 256
+    (tmp_path / "merges.txt").write_text("\n".join(lines[1:]), encoding="utf-8")  # the version line may be absent
+    for loaded in (Tokenizer.from_folder(tmp_path), Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", [END, "<|", "a b"])):
+        assert (loaded.vocab, loaded.merges, loaded.special_tokens) == (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
+
+
+def test_decoding_replaces_malformed_bytes_and_refuses_unknown_ids(trained):
+    assert trained[0].decode([0xE4, 0xBD, 97]) == "\ufffda"
+    with pytest.raises(ValueError, match="none with id 99999"):
+        trained[0].decode([99999])
+
+
+@pytest.mark.parametrize("vocab, merges, message", [
+    ("{", "", "no JSON object"), ("[1]", "", "no JSON object"), ('{"a": 0, "a": 1}', "", "twice"), ('{"a": 0, "b": 0}', "", "twice"),
+    ('{"a": 1.5}', "", "no whole number"), ('{"a": 3}', "", "are not 0 to 0"), ('{"a": 0}', "", "lacks the byte"),
+    (None, "a b c\n", "line 1"), (None, "a\n", "line 1"), (None, "x y\n", "does not fit"), (None, "abc d\n", "does not fit")])
+def test_broken_tokenizer_files_are_refused_by_name(tmp_path, vocab, merges, message):
+    Tokenizer(dict(enumerate(bytes([byte]) for byte in range(256))), []).save(tmp_path)
+    if vocab:
+        write(tmp_path / "vocab.json", vocab)
+    write(tmp_path / "merges.txt", merges)
+    with pytest.raises(ValueError, match="(?s)vocab.json|merges.txt") as error:
+        Tokenizer.from_folder(tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------- model.py: the building blocks
+
+SMALL = dict(vocab_size=50, context_length=16, num_layers=2, d_model=32, num_heads=4, d_ff=64)
+ABLATIONS = [dict(), dict(post_norm=True), dict(rms_norm=False), dict(rope=False), dict(swiglu=False), dict(tie_embeddings=True)]
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def same(ours, theirs, tolerance=1e-10):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def same_with_gradients(ours, theirs, *inputs):
+    """Equal results, and equal gradients of a random projection of them with respect to every input."""
+    same(ours, theirs)
+    direction = torch.randn_like(theirs)
+    for a, b in zip(torch.autograd.grad(ours, inputs, direction), torch.autograd.grad(theirs, inputs, direction)):
+        same(a, b)
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    return TransformerLM(**{**SMALL, **changes})
+
+
+def random_ids(*shape):
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_linear_is_torchs_without_bias():
+    layer, x = Linear(5, 7, dtype=torch.float64), randn(2, 3, 5)
+    same_with_gradients(layer(x), F.linear(x, layer.weight), x, layer.weight)
+    assert list(layer.state_dict()) == ["weight"] and layer.weight.shape == (7, 5)
+
+
+def test_embedding_is_torchs_and_repeated_ids_add_their_gradients():
+    layer, ids = Embedding(9, 4, dtype=torch.float64), torch.tensor([[1, 1, 8], [0, 1, 3]])
+    same_with_gradients(layer(ids), F.embedding(ids, layer.weight), layer.weight)
+
+
+def test_rms_norm_is_torchs_and_works_in_float32_inside():
+    layer, x = RMSNorm(6, dtype=torch.float64), randn(2, 3, 6)
+    layer.weight.data.normal_()
+    same_with_gradients(layer(x), F.rms_norm(x, (6,), layer.weight, eps=1e-5), x, layer.weight)
+    huge = torch.full((1, 6), 300.0, dtype=torch.float16)   # its square overflows float16
+    assert RMSNorm(6)(huge).dtype == torch.float16 and torch.allclose(RMSNorm(6)(huge), torch.ones(1, 6, dtype=torch.float16))
+
+
+def test_silu_and_swiglu_are_their_formulas():
+    x, ffn = randn(3, 8), SwiGLU(8, 20).double()
+    same_with_gradients(silu(x), F.silu(x), x)
+    same(ffn(x), F.linear(F.silu(F.linear(x, ffn.w1.weight)) * F.linear(x, ffn.w3.weight), ffn.w2.weight))
+
+
+def test_softmax_is_torchs_along_any_dimension_and_at_extremes():
+    x = randn(3, 4, 5)
+    for dim in (0, 1, -1):
+        same_with_gradients(softmax(x, dim), F.softmax(x, dim), x)
+    extreme = torch.tensor([1e30, -1e30, 1e30, float("-inf")])
+    assert softmax(extreme, 0).tolist() == [0.5, 0, 0.5, 0]
+
+
+def test_rope_turns_neighbouring_pairs_as_complex_numbers():
+    rope, x, positions = RotaryPositionalEmbedding(10000.0, 8, 32), randn(2, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [31, 7, 7, 0, 2]])
+    angles = positions[..., None] * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    same(rope(x, positions), turned, 1e-6)   # the tables are float32
+    same(rope(x, positions).norm(dim=-1), x.norm(dim=-1), 1e-6)
+    assert torch.equal(rope(x[1], positions[1]), rope(x, positions)[1])
+    assert not rope.state_dict()
+
+
+def test_rope_makes_scores_depend_on_the_distance_alone():
+    rope, q, k = RotaryPositionalEmbedding(10000.0, 16, 64), randn(1, 16), randn(1, 16)
+    score = lambda i, j: (rope(q, torch.tensor([i])) * rope(k, torch.tensor([j]))).sum()
+    same(score(9, 3), score(60, 54), 1e-5)
+    assert abs(score(9, 3) - score(3, 9)) > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6), (2, 3, 4, 6)])
+def test_attention_is_torchs_with_and_without_a_mask(shape):
+    q, k, v = randn(*shape), randn(*shape[:-2], 5, 6), randn(*shape[:-2], 5, 3)
+    mask = torch.rand(4, 5) < 0.5
+    mask[:, 2] = True
+    for allowed in (None, mask):
+        same_with_gradients(scaled_dot_product_attention(q, k, v, allowed), F.scaled_dot_product_attention(q, k, v, allowed), q, k, v)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 64, 129])
+def test_causal_attention_in_blocks_is_attention_under_one_triangular_mask(length):
+    q, k, v = randn(2, 3, length, 4), randn(2, 3, length, 4), randn(2, 3, length, 4)
+    same_with_gradients(causal_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
+
+
+def test_multi_head_attention_is_torchs_nn_multihead_attention():
+    ours, theirs, x = MultiHeadSelfAttention(32, 4).double(), torch.nn.MultiheadAttention(32, 4, bias=False, batch_first=True).double(), randn(2, 7, 32)
+    theirs.in_proj_weight.data = torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]).data
+    theirs.out_proj.weight.data = ours.output_proj.weight.data
+    same(ours(x), theirs(x, x, x, attn_mask=torch.ones(7, 7, dtype=torch.bool).triu(1), need_weights=False)[0])
+    same(ours(x[0]), ours(x)[0])   # no batch dimension is a leading dimension too
+
+
+def test_multi_head_attention_takes_positions_that_only_matter_relatively():
+    attention, x = MultiHeadSelfAttention(32, 4, RotaryPositionalEmbedding(10000.0, 8, 64)).double(), randn(2, 7, 32)
+    first = torch.arange(7)
+    same(attention(x), attention(x, first), 0)
+    same(attention(x), attention(x, torch.stack([first + 20, first + 57])), 1e-6)
+    assert (attention(x) - attention(x, first.flip(0))).abs().max() > 1e-3
+
+
+def test_block_is_pre_norm_or_post_norm_or_without_norm():
+    x = randn(2, 5, 32)
+    for changes in (dict(), dict(post_norm=True), dict(rms_norm=False)):
+        block = TransformerBlock(32, 4, 64, **changes).double()
+        norm = lambda x: F.rms_norm(x, (32,), eps=1e-5)
+        if changes == dict(post_norm=True):
+            expected = norm(x + block.attn(x))
+            expected = norm(expected + block.ffn(expected))
+        else:
+            norm = norm if not changes else lambda x: x
+            expected = x + block.attn(norm(x))
+            expected = expected + block.ffn(norm(expected))
+        same(block(x), expected)
+
+
+def test_cross_entropy_is_torchs_over_any_leading_dimensions():
+    logits, targets = randn(2, 3, 7), torch.tensor([[0, 6, 3], [3, 3, 1]])
+    same_with_gradients(cross_entropy(logits, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits)
+    same(cross_entropy(logits[0, 0], targets[0, 0]), F.cross_entropy(logits[0, 0], targets[0, 0]))
+
+
+def test_cross_entropy_survives_extreme_logits():
+    logits = torch.tensor([[1e30, -1e30], [1e4, 0.0], [-1e4, 1e4]])
+    assert cross_entropy(logits[:2], torch.tensor([0, 0])).item() == 0
+    assert cross_entropy(logits[1:], torch.tensor([1, 0])).item() == 15000
+    assert cross_entropy(torch.tensor([[3.0, 3.0]], dtype=torch.bfloat16), torch.tensor([1])).item() == pytest.approx(math.log(2))
+
+
+def test_state_dict_has_the_handouts_names_and_nothing_else():
+    layer = [f"{part}.weight" for part in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "ln1", "ln2", "ffn.w1", "ffn.w2", "ffn.w3")]
+    names = {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"} | {f"layers.{i}.{name}" for i in range(2) for name in layer}
+    assert set(small_model().state_dict()) == names
+    assert set(small_model(swiglu=False).state_dict()) == {name for name in names if "w3" not in name}
+    assert set(small_model(rms_norm=False).state_dict()) == {name for name in names if "ln" not in name}
+
+
+def test_initialisation_is_the_contracts():
+    model = TransformerLM(1000, 16, 1, 256, 4, 1024)
+    for name, parameter in model.named_parameters():
+        if "ln" in name:
+            assert (parameter == 1).all()
+            continue
+        std = 1 if "embeddings" in name else (2 / sum(parameter.shape)) ** 0.5
+        assert parameter.abs().max() <= 3 * std and parameter.abs().max() > 2.9 * std, name
+        assert parameter.std().item() == pytest.approx(0.9866 * std, rel=0.01), name   # the cut at 3 sigma takes 1.3 % of the deviation
+        assert abs(parameter.mean().item()) < 0.01 * std, name
+
+
+def test_default_d_ff_is_a_multiple_of_64_near_8_3_d_model_or_4_d_model_without_the_gate():
+    assert [m.default_d_ff(d) for d in (512, 768, 1600, 8)] == [1344, 2048, 4288, 64] and m.default_d_ff(512, swiglu=False) == 2048
+    assert small_model(d_ff=0).layers[0].ffn.w1.weight.shape == (64, 32) and small_model(d_ff=0, swiglu=False).layers[0].ffn.w1.weight.shape == (128, 32)
+
+
+@pytest.mark.parametrize("changes", ABLATIONS, ids=str)
+def test_a_future_token_changes_no_earlier_logit(changes):
+    model, ids = small_model(**changes), random_ids(2, 16)
+    changed = ids.clone()
+    changed[:, 9] = (ids[:, 9] + 1) % 50
+    before, after = model(ids), model(changed)
+    assert before.shape == (2, 16, 50)
+    same(after[:, :9], before[:, :9], 1e-6)
+    assert ((after[:, 9:] - before[:, 9:]).abs().amax((0, 2)) > 1e-4).all()   # while every later one hears of it
+
+
+@pytest.mark.parametrize("changes", ABLATIONS, ids=str)
+def test_every_ablation_trains(changes):
+    model, ids = small_model(**changes), random_ids(4, 17)
+    losses = []
+    for _ in range(3):
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        losses.append(loss.item())
+        for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+            assert g.isfinite().all() and g.abs().max() > 0
+            p.data -= 0.05 * g
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_ablations_are_what_they_say():
+    assert small_model(rope=False).layers[0].attn.rope is None
+    one_rope = {id(layer.attn.rope) for layer in small_model().layers}
+    assert len(one_rope) == 1
+    tied = small_model(tie_embeddings=True)
+    assert tied.token_embeddings.weight is tied.lm_head.weight and len(list(tied.parameters())) == len(list(small_model().parameters())) - 1
+    # without positions, the last token's logits cannot tell the order of the ones before it
+    ids = random_ids(1, 6)
+    shuffled = ids[:, [2, 0, 1, 4, 3, 5]]
+    same(small_model(rope=False, num_layers=1)(ids)[:, -1], small_model(rope=False, num_layers=1)(shuffled)[:, -1], 1e-5)
+    assert (small_model(num_layers=1)(ids)[:, -1] - small_model(num_layers=1)(shuffled)[:, -1]).abs().max() > 1e-3
+
+
+def test_loss_is_the_cross_entropy_of_the_logits_with_its_gradients():
+    model, ids = small_model().double(), random_ids(3, 17)
+    inputs, targets, parameters = ids[:, :-1], ids[:, 1:], list(model.parameters())
+    ours, theirs = model.loss(inputs, targets), F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    same(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)):
+        same(a, b)
+
+
+@torch.no_grad()
+def test_the_cache_gives_the_logits_of_the_whole_context():
+    model, ids = small_model(), random_ids(3, 16)
+    whole, cache, seen = model(ids), model.new_cache(3), 0
+    for step in (5, 1, 1, 3, 6):   # a prompt, single tokens, and several at once
+        seen += step
+        logits = model(ids[:, seen - step:seen], cache)
+        assert logits.shape == (3, 1, 50)
+        same(logits[:, 0], whole[:, seen - 1], 1e-5)
+    with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
+        model(ids[:, :1], cache)
+
+
+def test_wrong_shapes_are_refused_by_name():
+    for changes, words in [(dict(num_heads=5), "d_model 32 cannot be split into 5 heads"), (dict(num_heads=32), "must be even"), (dict(d_model=30), "d_model 30 cannot be split into 4"),
+                           (dict(vocab_size=0), "vocab_size is 0"), (dict(num_layers=-1), "num_layers is -1"), (dict(num_heads=0), "num_heads is 0")]:
+        with pytest.raises(ValueError, match=words):
+            small_model(**changes)
+    assert small_model(num_heads=32, rope=False)(random_ids(1, 4)).shape == (1, 4, 50)   # without RoPE an odd d_k is fine
+    with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
+        small_model()(random_ids(1, 17))
+
+
+def test_compiled_gradients_are_the_eager_ones_at_a_real_shape():
+    """torch 2.13 compiled the gradient of the maximum in a masked softmax into NaN on the CPU, at shapes of this size only, with a good loss."""
+    model, ids = TransformerLM(2000, 256, 2, 256, 8), torch.randint(0, 2000, (4, 257))
+    gradients = []
+    for prepare in (lambda: None, model.compile_parts):
+        prepare()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for (name, _), eager, compiled in zip(model.named_parameters(), *gradients):
+        assert (compiled - eager).norm() < 0.02 * eager.norm(), name
+    assert any(not torch.equal(*pair) for pair in zip(*gradients))   # equal to the last bit would mean that nothing was compiled
+
+
+# ---------------------------------------------------------------------------------------------- model.py: the accounting
+
+@pytest.mark.parametrize("size, shares", [("small", (11.1, 16.6, 49.8, 22.6)), ("medium", (10.0, 20.0, 59.9, 10.2)),
+                                          ("large", (8.6, 21.4, 64.2, 5.8)), ("XL", (7.1, 22.3, 66.9, 3.6))])
+def test_flops_shares_of_gated_gpt2(size, shares):
+    flops = forward_flops(gpt2(size))
+    total = sum(flops.values())
+    assert tuple(round(100 * flops[part] / total, 1) for part in ("attention core", "projections", "FFN", "LM head")) == shares
+
+
+def test_gpt2_xl_has_the_handouts_parameters_and_flops():
+    gated, long = gpt2("XL"), gpt2("XL", 16384)
+    total, long_total = sum(forward_flops(gated).values()), sum(forward_flops(long).values())
+    assert sum(parameters(gated).values()) == 2_127_057_600 and f"{total / 1e12:.3f}" == "4.513"
+    assert f"{long_total / 1e12:.1f}" == "149.5" and f"{long_total / total:.1f}" == "33.1"
+    assert [f"{forward_flops(long)[part] / long_total:.1%}" for part in ("attention core", "FFN")] == ["55.2%", "32.3%"]
+    ungated, long, tied = gpt2("XL", swiglu=False), gpt2("XL", 16384, swiglu=False), gpt2("XL", swiglu=False, tie_embeddings=True)
+    assert f"{sum(forward_flops(ungated).values()) / 1e12:.3f}" == "3.507" and f"{sum(forward_flops(long).values()) / 1e12:.1f}" == "133.4"
+    assert sum(parameters(ungated).values()) == 1_635_537_600 and sum(parameters(tied).values()) == 1_555_126_400
+
+
+def test_adamw_memory_largest_batch_and_days_of_gpt2_xl():
+    xl = gpt2("XL", swiglu=False)
+    N, D, H, T, V = 48, 1600, 25, 1024, 50257
+    assert activations(xl) == T * ((16 * N + 1) * D + 2 * V) + 2 * N * H * T ** 2   # the handout's list, added up by hand
+    memory = adamw_memory(xl, 1)
+    assert f"{memory['activations'] / 1e9:.2f}" == "15.52"
+    assert f"{sum(adamw_memory(xl, 0).values()) / 1e9:.2f}" == "26.17" and memory["weights"] == memory["gradients"] == memory["moments"] // 2
+    assert largest_batch(xl, 80e9) == 3 and sum(adamw_memory(xl, 3).values()) <= 80e9 < sum(adamw_memory(xl, 4).values())
+    assert round(training_days(xl, 400_000, 1024, 0.5 * 19.5e12)) == 5115
+
+
+@pytest.mark.parametrize("switches", [{}, dict(swiglu=False), dict(tie_embeddings=True), dict(rms_norm=False), dict(post_norm=True)])
+def test_the_accounting_counts_what_a_real_model_has_and_does(switches, monkeypatch):
+    # The handout counts attention over all T x T scores: the plain definition, not the form that leaves out most of those above the diagonal.
+    monkeypatch.setattr(model, "causal_attention", lambda q, k, v: model.scaled_dot_product_attention(q, k, v, torch.ones(32, 32).tril() > 0))
+    real = TransformerLM(61, 32, 3, 48, 4, 80, rope=False, **switches)   # RoPE turns pairs: no matrix product by its definition
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        real(torch.randint(61, (1, 32)))
+    assert sum(forward_flops(real).values()) == counter.get_total_flops()
+    assert sum(parameters(real).values()) == sum(p.numel() for p in real.parameters())
+    counted = meta_model(61, 32, 3, 48, 4, 80, **switches)
+    assert parameters(counted) == parameters(real) and matrix_products(counted) == matrix_products(real)
+    assert training_flops(real) == 3 * counter.get_total_flops() / 32
+
+
+def run_model(*flags):
+    return subprocess.run([sys.executable, ROOT / "model.py", *flags], capture_output=True, text=True)
+
+
+def test_model_py_prints_the_handouts_answers_on_100_columns():
+    done = run_model()
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) < 100
+    for figure in ("2,127,057,600", "8.51 GB", "4.513", "149.5", "33.1 x", "3.507", "133.4", "1,635,537,600", "1,555,126,400", "26.17 GB", "15.52 GB",
+                   "80 GB: 3", "5,115 days", "11.1%", "16.6%", "49.8%", "22.6%", "55.2%", "32.3%"):
+        assert figure in done.stdout, figure
+
+
+def test_model_py_with_flags_accounts_for_that_model():
+    done = run_model("--d_model=64", "--num_heads=4", "--num_layers=2", "--vocab_size=300", "--d_ff=128")
+    assert f"{sum(p.numel() for p in TransformerLM(300, 256, 2, 64, 4, 128).parameters()):,}" in done.stdout and "GPT-2" not in done.stdout
+    done = run_model("--d_model=64", "--num_heads=5")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "num_heads" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- train.py
+
+TINY = dict(context_length=16, num_layers=1, d_model=16, num_heads=2, batch_size=4, steps=12, eval_interval=4, eval_batches=2, log_interval=2,
+            warmup_steps=2, device="cpu", dtype="float32", compile=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder as bpe.py writes it: 257 entries, a text of a few thousand bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    letters.update({byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in printable)})
+    (folder / "vocab.json").write_text(json.dumps({**{letters[byte]: byte for byte in range(256)}, "<|endoftext|>": 256}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    text = b"".join(b"the %d of %d is %d. " % (i, i * i, i % 7) for i in range(600))
+    for name, part in (("train.bin", text[:-2000]), ("val.bin", text[-2000:])):
+        np.frombuffer(part, np.uint8).astype("<u2").tofile(folder / name)
+    return folder
+
+
+def flags(data, out, *words, **changes):
+    return [f"--data_dir={data}", f"--out_dir={out}", *words, *(f"--{name}={value}" for name, value in {**TINY, **changes}.items())]
+
+
+def run_train(*words):
+    """Run train.py with these flags, as its main program does, in this process; return the exit status."""
+    saved, handlers = {name: value for name, value in vars(train).items() if name.islower()}, [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    arguments, sys.argv, train.STARTED, train.__file__ = sys.argv, ["train.py", *words], time.perf_counter(), str(ROOT / "train.py")
+    try:
+        with train.one_line_errors():
+            train.main()
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = arguments
+        vars(train).update(saved)
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+FORKING = """
+import os, random, signal, sys, time
+import train
+def start(*flags, **environment):
+    pid = os.fork()
+    if pid:
+        return pid
+    os.environ.update(environment)
+    sys.argv, status = ["train.py", *flags], 0
+    try:
+        with train.one_line_errors():
+            train.main()
+    except SystemExit as end:
+        status = end.code
+    os._exit(status)
+def join(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+
+def forking(code):
+    """Run Python code with `start` (train.py in a process of its own, without the seconds of importing torch) and `join`; return the finished process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", FORKING + code], cwd=ROOT, text=True, capture_output=True, timeout=120, env=environment)
+
+
+def rows(out):
+    with open(Path(out) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(out):
+    return [{name: cell for name, cell in row.items() if name not in ("seconds", "tokens_per_second")} for row in rows(out)]
+
+
+def weights(out):
+    return read_checkpoint(Path(out) / "ckpt.pt")["model"]
+
+
+def small_trainee(seed=0):
+    torch.manual_seed(seed)
+    return TransformerLM(50, 16, 2, 16, 2)
+
+
+# ---- loader
+
+def test_a_batch_holds_contexts_of_the_data_and_the_same_shifted_by_one():
+    tokens = np.arange(1000, dtype=np.uint16)
+    inputs, targets = get_batch(tokens, 64, 10, "cpu", torch.Generator().manual_seed(3))
+    assert inputs.shape == targets.shape == (64, 10) and inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(inputs + 1, targets) and torch.equal(inputs, inputs[:, :1] + torch.arange(10))
+    again, _ = get_batch(tokens, 64, 10, "cpu", torch.Generator().manual_seed(3))
+    assert torch.equal(inputs, again) and not torch.equal(inputs, get_batch(tokens, 64, 10, "cpu")[0])
+
+
+def test_every_place_that_fits_is_drawn_and_no_other():
+    starts = get_batch(np.arange(20), 2000, 10, "cpu", torch.Generator().manual_seed(0))[0][:, 0]
+    assert set(starts.tolist()) == set(range(10))
+    with pytest.raises(ValueError, match="10 tokens are too few"):
+        get_batch(np.arange(10), 1, 10, "cpu")
+
+
+def test_processes_read_their_rows_of_one_global_batch():
+    tokens, draw = np.random.default_rng(0).integers(0, 100, 500), lambda part: get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 11), part)[0]
+    assert torch.equal(torch.cat([draw(slice(0, 3)), draw(slice(3, 8))]), draw(slice(None)))
+    assert not torch.equal(draw(slice(None)), get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 12))[0])
+    assert not torch.equal(draw(slice(None)), get_batch(tokens, 8, 5, "cpu", train.generator_of_step(8, 11))[0])
+
+
+@pytest.mark.parametrize("content, vocab_size, complaint", [
+    (b"\0" * 41, 300, "41 bytes"), (np.full(50, 299, "<u2").tobytes(), 299, "token 299"), (b"\0" * 20, 300, "10 tokens"), (b"", 300, "0 tokens"),
+    (np.full(50, 70_000, "<u4").tobytes(), 70_000, "token 70000"), (b"\0" * 42, 70_000, "42 bytes")])
+def test_token_files_that_cannot_be_right_are_refused_by_name(tmp_path, content, vocab_size, complaint):
+    (tmp_path / "t.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint) as refusal:
+        load_tokens(tmp_path / "t.bin", vocab_size, 10)
+    assert "t.bin" in str(refusal.value)
+
+
+def test_token_files_are_uint16_up_to_65536_entries_and_uint32_beyond(tmp_path):
+    np.array([1, 65535] * 10, "<u2").tofile(tmp_path / "a.bin")
+    np.array([1, 65536] * 10, "<u4").tofile(tmp_path / "b.bin")
+    assert load_tokens(tmp_path / "a.bin", 65536, 10)[1] == 65535 and load_tokens(tmp_path / "b.bin", 65537, 10)[1] == 65536
+
+
+# ---- optimisation
+
+def test_the_schedule_warms_up_linearly_and_falls_along_a_cosine():
+    rates = [get_lr_cosine_schedule(it, 1.0, 0.1, 7, 21) for it in range(25)]
+    assert rates[:8] == pytest.approx([i / 7 for i in range(8)]) and rates[14] == pytest.approx(0.55) and rates[21:] == [0.1] * 4
+    assert rates[10] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 3 / 14)))
+    assert get_lr_cosine_schedule(0, 1.0, 0.1, 0, 10) == 1.0 and get_lr_cosine_schedule(5, 1.0, 0.1, 5, 5) == 0.1
+
+
+def test_clipping_scales_all_gradients_by_one_factor_and_returns_the_norm_before():
+    parameters = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(2))]
+    gradients = [torch.randn(3, 4), torch.randn(5), None]
+    joint = torch.cat([g.flatten() for g in gradients[:2]]).norm()
+    for limit, factor in ((0.1, 0.1 / (joint + 1e-6)), (100.0, 1.0)):
+        for p, g in zip(parameters, gradients):
+            p.grad = None if g is None else g.clone()
+        assert gradient_clipping(parameters, limit).item() == pytest.approx(joint.item())
+        for p, g in zip(parameters[:2], gradients):
+            torch.testing.assert_close(p.grad, g * factor)
+    assert parameters[2].grad is None
+
+
+@pytest.mark.parametrize("lr, ends", [(1e1, (0.5, 24.0)), (1e2, (0.0, 1e-9)), (1e3, (1e3, math.inf))])
+def test_sgd_decays_slowly_at_10_fast_at_100_and_diverges_at_1000(lr, ends):
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(5 * torch.randn(10, 10))
+    rule = SGD([w], lr=lr)
+    for _ in range(10):
+        loss = (w ** 2).mean()
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+    assert ends[0] <= loss.item() <= ends[1]
+
+
+def test_adamw_is_torchs_adamw(monkeypatch):
+    monkeypatch.setattr(train, "pieces", lambda tensor, plain=train.pieces: plain(tensor, 100))  # small ones, so that tensors are really cut
+    mine, peer = small_trainee(), small_trainee()
+    groups = lambda model: [dict(params=[p for p in model.parameters() if p.dim() == 2], weight_decay=0.3),
+                            dict(params=[p for p in model.parameters() if p.dim() == 1])]
+    options = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    rules = AdamW(groups(mine), **options), torch.optim.AdamW(groups(peer), **options)
+    for step in range(20):
+        for model, rule in zip((mine, peer), rules):
+            rule.zero_grad()
+            model.loss(*get_batch(np.arange(40), 4, 8, "cpu", torch.Generator().manual_seed(step))).backward()
+            rule.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            rule.step()
+    for a, b in zip(mine.parameters(), peer.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_optimisers_refuse_values_out_of_range():
+    for options in (dict(lr=-1), dict(betas=(1.0, 0.9)), dict(eps=-1), dict(weight_decay=-1)):
+        with pytest.raises(ValueError, match=str(next(iter(options.values())))[:2].strip("(")):
+            AdamW([torch.nn.Parameter(torch.zeros(1))], **options)
+    with pytest.raises(ValueError, match="-1"):
+        SGD([torch.nn.Parameter(torch.zeros(1))], lr=-1)
+
+
+def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_directions():
+    torch.manual_seed(0)
+    for shape in ((3, 32, 32), (2, 20, 48), (48, 20)):
+        matrices = torch.randn(shape, dtype=torch.float64)
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        values = torch.linalg.svdvals(orthogonalise(matrices, torch.float64))
+        assert values.min() > 0.3 and values.max() < 1.3 and values.median() > 0.65
+        assert (u.mT @ orthogonalise(matrices, torch.float64) @ v.mT).diagonal(dim1=-2, dim2=-1).min() > 0.3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_model_learns_one_batch_by_heart(monkeypatch, name):
+    monkeypatch.setattr(train, "optimizer", name)
+    model = small_trainee()
+    rule = {"adamw": AdamW, "muon": Muon}[name](train.parameter_groups(model), 1e-2, (0.9, 0.95), 1e-8, 0.0)
+    batch = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
+    for _ in range(60):
+        loss_and_norm = train.optimise(model, rule, model.loss, [(batch[:, :-1], batch[:, 1:])])
+    assert loss_and_norm[0] < 0.05
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    results = []
+    for parts in (1, 4):
+        model = small_trainee()
+        rule = SGD(model.parameters(), 0.1)
+        batch = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(1))
+        results.append((train.optimise(model, rule, model.loss, [(part[:, :-1], part[:, 1:]) for part in batch.chunk(parts)]), *model.parameters()))
+    for one, four in zip(*results):
+        torch.testing.assert_close(one, four)
+
+
+# ---- checkpoints
+
+def trained_run(name="muon", seed=0):
+    train_optimizer, train.optimizer = train.optimizer, name
+    model = small_trainee(seed)
+    rule = {"adamw": AdamW, "muon": Muon}[name](train.parameter_groups(model), 1e-2, (0.9, 0.95), 1e-8, 0.1)
+    train.optimizer = train_optimizer
+    step_once(model, rule)
+    return model, rule
+
+
+def step_once(model, rule):
+    batch = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(1))
+    return train.optimise(model, rule, model.loss, [(batch[:, :-1], batch[:, 1:])])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_brings_back_model_and_optimiser_exactly(tmp_path, name):
+    model, rule = trained_run(name)
+    memory = io.BytesIO()
+    for out in (tmp_path / "a.pt", str(tmp_path / "b.pt"), memory):
+        save_checkpoint(model, rule, 17, out)
+    memory.seek(0)
+    step_once(model, rule)
+    for src in (tmp_path / "a.pt", str(tmp_path / "b.pt"), memory):
+        other, other_rule = trained_run(name, seed=5)
+        assert load_checkpoint(src, other, other_rule) == 17
+        step_once(other, other_rule)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_that_is_cut_flipped_or_foreign_is_refused_in_one_line(tmp_path):
+    model, rule = trained_run()
+    save_checkpoint(model, rule, 1, tmp_path / "good.pt")
+    good, bad, rng = (tmp_path / "good.pt").read_bytes(), tmp_path / "bad.pt", np.random.default_rng(0)
+    expected, refused = read_checkpoint(tmp_path / "good.pt"), 0
+    for cut in rng.integers(0, len(good), 100):
+        bad.write_bytes(good[:cut])
+        with pytest.raises(ValueError, match="bad.pt is damaged"):
+            read_checkpoint(bad)
+    for place in rng.integers(0, len(good), 100):
+        bad.write_bytes(good[:place] + bytes([good[place] ^ 1 << int(rng.integers(8))]) + good[place + 1:])
+        try:
+            found = read_checkpoint(bad)   # a byte that pads the file's format may differ; no value may
+            assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
+        except ValueError as refusal:
+            refused += "bad.pt is damaged" in str(refusal)
+    assert refused > 40
+    torch.save({"weights": torch.zeros(3)}, bad)
+    with pytest.raises(ValueError, match="no checkpoint of train.py"):
+        read_checkpoint(bad)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil(), "optimizer": {}, "iteration": 1}, "zip.pt")
+    Path("plain.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("zip.pt", "plain.pt"):
+        with pytest.raises(ValueError, match="no checkpoint of train.py"):
+            read_checkpoint(name)
+    assert not Path("evil").exists()
+
+
+def test_a_failed_write_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    model, rule = trained_run()
+    save_checkpoint(model, rule, 1, tmp_path / "c.pt")
+    def full(saved, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(model, rule, 2, tmp_path / "c.pt")
+    assert read_checkpoint(tmp_path / "c.pt")["iteration"] == 1 and [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+
+
+# ---- log and picture
+
+def test_curves_are_svg_with_both_axes_and_the_names_of_the_runs(tmp_path):
+    import xml.etree.ElementTree as xml
+    row = dict.fromkeys(train.COLUMNS, "1")
+    logs = {name: [{**row, "step": str(step), "seconds": str(step / 3), "train_loss": str(9 / step + worse), "val_loss": "" if step % 5 else str(9 / step)}
+                   for step in range(1, 50)] for name, worse in (("a & <b>", 0), ("c", 1e9))}
+    train.draw_curves(logs, tmp_path / "curves.svg")
+    words = [node.text for node in xml.parse(tmp_path / "curves.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a & <b>", "c", "optimiser steps", "wall-clock seconds", "loss (nats a token)"} <= set(words)
+
+
+def test_ticks_are_round_numbers_within_the_range():
+    assert train.round_ticks(0, 1000) == [0, 200, 400, 600, 800, 1000]
+    assert train.round_ticks(1.71, 3.92) == pytest.approx([2, 2.5, 3, 3.5])
+
+
+# ---- runs
+
+def test_a_run_leaves_a_folder_that_stands_alone_and_never_overwrites_one(data, tmp_path, capsys):
+    out = tmp_path / "a run"
+    assert run_train(*flags(data, out)) == 0
+    assert {path.name for path in out.iterdir()} == {".lock", "ckpt.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt"}
+    assert [row["step"] for row in rows(out)] == ["1", "2", "4", "6", "8", "10", "12"]
+    assert [bool(row["val_loss"]) for row in rows(out)] == [False, False, True, False, True, False, True]
+    assert all(int(row["tokens"]) == int(row["step"]) * 4 * 16 for row in rows(out))
+    assert float(rows(out)[0]["train_loss"]) == pytest.approx(math.log(257), abs=0.3) and float(rows(out)[-1]["val_loss"]) < 5.4
+    assert json.loads((out / "config.json").read_text())["warmup_steps"] == 2
+    before = weights(out)
+    assert run_train(*flags(data, out, seed=1)) == 0 and "a run.1" in capsys.readouterr().out
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(f"{out}.1").items())
+    assert run_train(f"--compare={out},{out}.1", f"--out_dir={tmp_path / 'both'}") == 0 and (tmp_path / "both" / "curves.svg").exists()
+    table = capsys.readouterr().out
+    assert "seed" in table and all(rows(folder)[-1]["val_loss"][:5] in table for folder in (out, f"{out}.1"))
+    assert run_train(*flags(data, out, "--resume=True", seed=1)) == 0 and "all of its 12 steps" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes made by fork")
+def test_a_run_killed_ten_times_ends_as_one_that_was_never_stopped(data, tmp_path, capsys):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    settings = dict(steps=100, eval_interval=10, log_interval=3, optimizer="muon")
+    done = forking(f"""
+begin = time.perf_counter()
+assert join(start(*{flags(data, straight, **settings)})) == 0
+length, kills = time.perf_counter() - begin, 0
+while kills < 10:
+    run_train = start(*{flags(data, broken, "--resume=True", **settings)})
+    time.sleep(random.Random(kills).uniform(0.1, 0.5) * length)
+    os.kill(run_train, signal.SIGKILL)
+    kills += join(run_train) == -signal.SIGKILL
+    if os.path.exists({str(broken / "log.csv")!r}):
+        print(len(open({str(broken / "log.csv")!r}).readlines()))
+assert join(start(*{flags(data, broken, "--resume=True", **settings)})) == 0
+""")
+    assert done.returncode == 0, done.stderr
+    assert without_times(broken) == without_times(straight) and len(rows(straight)) == 41
+    assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(straight).items())
+    assert run_train(*flags(data, broken, "--resume=True", **{**settings, "lr": 0.5, "num_layers": 2, "log_interval": 5})) == 2
+    refusal = capsys.readouterr().err
+    assert "lr is 0.003 there and 0.5 here" in refusal and "num_layers is 1 there and 2 here" in refusal and "log_interval" not in refusal
+
+
+def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on_exactly(data, tmp_path, capsys, monkeypatch):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    settings = dict(steps=40, eval_interval=100, log_interval=7)
+    assert run_train(*flags(data, straight, **settings)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "generator_of_step", lambda seed, step, plain=train.generator_of_step: (step == 17 and os.kill(os.getpid(), signal.SIGTERM), plain(seed, step))[1])
+        assert run_train(*flags(data, broken, **settings)) == 128 + signal.SIGTERM and "--resume=True" in capsys.readouterr().out
+    assert read_checkpoint(broken / "ckpt.pt")["iteration"] == 17
+    assert run_train(*flags(data, broken, "--resume=True", **settings)) == 0
+    assert without_times(broken) == without_times(straight)
+    assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(straight).items())
+
+
+def test_two_processes_do_what_one_does_and_so_do_two_that_share_the_model(data, tmp_path):
+    settings = dict(optimizer="muon", grad_accum=2, steps=6)
+    assert run_train(*flags(data, tmp_path / "one", **settings)) == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={29600 + os.getpid() % 300}", "train.py",
+                           *flags(data, tmp_path / "two", **settings)], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("validation loss") == 1, done.stderr
+    done = forking(f"""
+runs = [start(*{flags(data, tmp_path / "shared", "--shard=True", **settings)}, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+              MASTER_ADDR="localhost", MASTER_PORT="{29950 + os.getpid() % 30}") for rank in range(2)]
+assert list(map(join, runs)) == [0, 0]
+""")
+    assert done.returncode == 0, done.stderr
+    one = weights(tmp_path / "one")
+    for other in (tmp_path / "two", tmp_path / "shared"):
+        assert one.keys() == weights(other).keys()
+        for name, tensor in weights(other).items():
+            torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-5)
+        for a, b in zip(rows(tmp_path / "one"), rows(other), strict=True):
+            assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), abs=1e-4)
+            assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+    assert run_train(*flags(data, tmp_path / "shared", "--resume=True", **{**settings, "grad_accum": 1})) == 0
+
+
+def test_divergence_is_said_and_keeps_the_last_good_checkpoint(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_train(*flags(data, out, steps=100, lr=1e3, warmup_steps=90, eval_interval=1, log_interval=4)) == 1
+    assert "diverged" in capsys.readouterr().err and rows(out)
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+    assert all(math.isfinite(float(row["train_loss"])) for row in rows(out))
+
+
+def test_a_timed_run_ends_within_its_time_and_at_the_smallest_rate(data, tmp_path):
+    begin = time.perf_counter()
+    assert run_train(*flags(data, tmp_path / "out", max_minutes=0.1, eval_interval=1000, log_interval=50)) == 0
+    assert 3 < time.perf_counter() - begin < 6
+    assert float(rows(tmp_path / "out")[-1]["lr"]) < 1e-4 and rows(tmp_path / "out")[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("words", ["--d_model=0", "--num_heads=3", "--lr=-1", "--lr=nan", "--min_lr=1", "--beta2=1.0", "--optimizer=sgd", "--device=tpu",
+                                   "--dtype=int8", "--batch_size=3 --grad_accum=2", "--shard=True", "--rope_theta=0", "--steps=1e3", "--post_norm=yes"])
+def test_flags_that_make_no_sense_are_refused_by_name(capsys, words):
+    assert run_train(*words.split()) == 2 and words.split("=")[0] in capsys.readouterr().err
+
+
+def test_broken_data_is_refused_before_anything_is_written(data, tmp_path, capsys):
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    (broken / "val.bin").write_bytes((data / "val.bin").read_bytes()[:-1])
+    assert run_train(*flags(broken, tmp_path / "out")) == 1 and "val.bin" in capsys.readouterr().err and not (tmp_path / "out" / "log.csv").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- sample.py
+
+SWITCHES = [{}, dict(post_norm=True), dict(rms_norm=False), dict(rope=False), dict(swiglu=False), dict(tie_embeddings=True)]
+
+
+def tiny_model(context_length=8, vocab_size=61, **switches):
+    torch.manual_seed(1)
+    return TransformerLM(vocab_size, context_length, 2, 32, 4, 48, **switches).eval()
+
+
+@torch.no_grad()
+def greedy_without_cache(model, ids, count):
+    """The rule that generate follows, with the whole window computed for every token."""
+    window, chosen = ids[-model.context_length:], []
+    for _ in range(count):
+        if len(window) > model.context_length:
+            window = window[(model.context_length + 1) // 2:]   # the older half goes
+        chosen.append(model(torch.tensor([window]))[0, -1].argmax().item())
+        window = window + chosen[-1:]
+    return chosen
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_greedy_text_is_the_same_with_and_without_cache_within_and_beyond_the_context(switches):
+    model = tiny_model(**switches)
+    for length in range(1, 11):
+        ids = torch.randint(61, (length,)).tolist()
+        assert list(generate(model, ids, 20, temperature=0)) == greedy_without_cache(model, ids, 20)
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 3])
+def test_the_window_moves_right_at_the_smallest_contexts(context_length):
+    model = tiny_model(context_length)
+    assert list(generate(model, [5], 9, temperature=0)) == greedy_without_cache(model, [5], 9)
+
+
+def test_a_batch_of_samples_is_the_same_as_its_rows_alone():
+    model = tiny_model()
+    rows = list(generate(model, [3, 1, 4], 20, temperature=0, num_samples=3))
+    assert rows == [[one] * 3 for one in generate(model, [3, 1, 4], 20, temperature=0)]
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (7, 5), (1, 1)])
+def test_the_streamed_product_is_the_linear_product(shape):
+    linear = Linear(*shape[::-1]).double()
+    fast = streamed(torch.nn.Sequential(linear))
+    for leading in ((), (3,), (2, 4)):
+        x = torch.randn(*leading, shape[1], dtype=torch.float64)
+        torch.testing.assert_close(fast(x), linear(x))
+
+
+def test_generating_leaves_the_model_as_it_was():
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    list(generate(model, [1], 5))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model(torch.tensor([[1, 2]])).sum().backward()   # still trainable: no tensor of inference mode has stayed in it
+
+
+def test_top_k_and_top_p_on_a_distribution_made_by_hand():
+    logits = torch.tensor([0.2, 0.5, 0.05, 0.25]).log()
+
+    def kept(**limits):
+        probabilities, ids = candidates(logits, **limits)
+        return {i: round(p, 4) for i, p in zip(ids.tolist(), probabilities.tolist()) if p}
+    assert kept() == {0: 0.2, 1: 0.5, 2: 0.05, 3: 0.25}
+    assert kept(top_k=2) == {1: 0.6667, 3: 0.3333}
+    assert kept(top_k=9) == kept()
+    assert kept(top_p=0.4) == {1: 1} and kept(top_p=1e-9) == {1: 1}    # at least one token
+    assert kept(top_p=0.6) == {1: 0.6667, 3: 0.3333}                   # 0.5 falls short of 0.6, 0.75 reaches it
+    assert kept(top_p=0.76) == {0: 0.2105, 1: 0.5263, 3: 0.2632}
+    assert kept(top_k=3, top_p=0.6) == {1: 0.6667, 3: 0.3333}          # 0.5 / 0.95 falls short
+    assert kept(top_k=2, top_p=0.6) == {1: 1}                          # top-k first: 0.5 / 0.75 reaches 0.6
+    assert kept(temperature=0.5) == {0: 0.1127, 1: 0.7042, 2: 0.007, 3: 0.1761}
+    assert kept(temperature=0) == {1: 1} and kept(temperature=1e-300) == {1: 1}
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_model():
+    model = tiny_model(vocab_size=5)
+    torch.manual_seed(0)
+    drawn = torch.tensor(next(generate(model, [2], 1, num_samples=20_000, temperature=1.3)))
+    expected = (model(torch.tensor([[2]]))[0, -1] / 1.3).softmax(-1)
+    torch.testing.assert_close(drawn.bincount(minlength=5) / 20_000, expected, atol=0.012, rtol=0)
+
+
+def test_the_end_token_ends_a_text_and_fills_up_those_that_wait():
+    model = tiny_model(vocab_size=4)
+    torch.manual_seed(0)
+    rows = list(zip(*generate(model, [0], 200, end_id=3, num_samples=8)))
+    assert len({row.index(3) if 3 in row else len(row) for row in rows}) > 1
+    for row in rows:
+        assert 3 not in row or set(row[row.index(3):]) == {3}
+    assert not all(row[-1] == 3 for row in rows)   # the row in which the last one ends is not yielded
+    assert 3 not in list(generate(model, [0], 200, end_id=3))
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
+    model, texts = tiny_model(), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(list(generate(model, [1, 2], 30, top_k=20, top_p=0.9)))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_empty_prompt_starts_from_the_end_token():
+    model = tiny_model()
+    assert list(generate(model, [], 6, temperature=0, end_id=60)) == list(generate(model, [60], 6, temperature=0, end_id=60))
+    with pytest.raises(ValueError, match="empty prompt"):
+        next(generate(model, [], 6))
+
+
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0),
+                                         ("top_p", 1.1), ("top_p", math.nan), ("num_samples", 0)])
+def test_values_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        next(generate(tiny_model(), [1], **{"max_new_tokens": 4, name: value}))
+
+
+@pytest.mark.parametrize("ids", [[61], [-1], [3, 1000]])
+def test_prompt_ids_that_the_model_lacks_are_refused(ids):
+    with pytest.raises(ValueError, match="0 to 60"):
+        next(generate(tiny_model(), ids, 4))
+
+
+@pytest.mark.parametrize("context_length", [1, 4, 7, 64])
+def test_the_score_of_a_text_is_what_generate_would_have_given_each_token(context_length):
+    model = tiny_model(context_length)
+    ids = torch.randint(61, (30,)).tolist()
+    expected, window = [], []
+    for before, token in zip(ids, ids[1:]):
+        window = (window if len(window) < context_length else window[(context_length + 1) // 2:]) + [before]
+        expected.append(-model(torch.tensor([window]))[0, -1].log_softmax(-1)[token].item())
+    assert list(surprise(model, ids)) == pytest.approx(expected, abs=1e-5)
+
+
+class Pieces:
+    def __init__(self, pieces):
+        self.vocab = dict(enumerate(pieces))
+
+
+def test_streaming_never_prints_half_a_character(capsys):
+    raw = "naïve 🙂 漢字".encode()
+    written = []
+
+    class Spy:
+        def write(self, text):
+            written.append(text)
+
+        def flush(self):
+            pass
+    real, sys.stdout = sys.stdout, Spy()
+    try:
+        count = print_streamed(range(len(raw)), Pieces([bytes([byte]) for byte in raw]))   # one byte a token
+    finally:
+        sys.stdout = real
+    assert "".join(written) == raw.decode() + "\n" and count == len(raw)
+    assert "🙂" in written and not any("\ufffd" in text for text in written)
+
+
+def test_streaming_replaces_malformed_bytes_as_decode_does(capsys):
+    pieces = [b"a\xe2", b"\x82", b"b", b"\xff", b"\xf0\x9f"]
+    print_streamed(range(5), Pieces(pieces))
+    assert capsys.readouterr().out == b"".join(pieces).decode(errors="replace") + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run folder as train.py leaves it, with an untrained model of 16 tokens of context."""
+    folder = tmp_path_factory.mktemp("sampling") / "a run"
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the", 258: END.encode()}
+    Tokenizer(vocab, [(b"t", b"h"), (b"th", b"e")], [END]).save(folder)
+    config = dict(context_length=16, num_layers=1, d_model=16, num_heads=2, d_ff=0, rope_theta=1e4, post_norm=False, rms_norm=True, rope=True,
+                  swiglu=True, tie_embeddings=False)
+    torch.manual_seed(0)
+    model = TransformerLM(259, **config)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_checkpoint(model, AdamW(model.parameters(), 1e-3, (0.9, 0.99), 1e-8, 0.1), 1, folder / "ckpt.pt", config=config)
+    return folder
+
+
+def run_sample(folder, *flags, **options):
+    return subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={folder}", "--device=cpu", *flags], capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}, **options)
+
+
+def test_sample_py_continues_a_prompt_from_the_command_line_a_file_and_standard_input(run_folder, tmp_path):
+    flags = ("--max_new_tokens=30", "--seed=3")
+    done = run_sample(run_folder, "--prompt", "the é", *flags)
+    assert done.returncode == 0 and done.stdout.startswith("the é".encode()) and len(done.stdout) > 20, done.stderr
+    (tmp_path / "prompt").write_bytes("the é".encode())
+    assert run_sample(run_folder, f"--prompt=@{tmp_path}/prompt", *flags).stdout == done.stdout
+    assert run_sample(run_folder, "--prompt=-", *flags, input="the é".encode()).stdout == done.stdout
+    assert b"tokens/s" in done.stderr and b"note" not in done.stderr
+
+
+def test_sample_py_cuts_a_long_prompt_and_labels_several_samples(run_folder):
+    done = run_sample(run_folder, "--prompt", "the" * 17, "--num_samples=3", "--max_new_tokens=4")
+    assert done.returncode == 0 and b"the prompt has 17 tokens; the model sees the last 16" in done.stderr
+    assert [line for line in done.stdout.split(b"\n") if line.startswith(b"---")] == [b"--- sample %d of 3" % i for i in (1, 2, 3)]
+
+
+def test_sample_py_scores_a_text(run_folder, tmp_path):
+    text = "the other thing" + END + "ü"
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    done = run_sample(run_folder, f"--score=@{tmp_path}/text")
+    model, tokenizer = sample.load_run(run_folder, "cpu")
+    ids = [258] + tokenizer.encode(text)
+    assert 258 in ids[1:]   # special tokens in the text count as such
+    nats = sum(surprise(model, ids))
+    tokens, size = len(ids) - 1, len(text.encode())
+    assert done.stdout.decode() == (f"{nats / tokens:.4f} nats per token, {nats / tokens / math.log(2):.4f} bits per token, "
+                                    f"{nats / math.log(2) / size:.4f} bits per byte, perplexity {math.exp(nats / tokens):.2f} "
+                                    f"({tokens} tokens, {size} bytes)\n")
+
+
+def test_a_run_folder_that_does_not_fit_together_is_refused(run_folder, tmp_path):
+    for name in ("ckpt.pt", "vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((run_folder / name).read_bytes())
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    for damaged in (whole[:len(whole) // 2], b"", whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:]):
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match="ckpt.pt is damaged"):
+            sample.load_run(tmp_path, "cpu")
+    (tmp_path / "ckpt.pt").write_bytes(whole)
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save({**saved, "config": {**saved["config"], "d_model": 32}}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt holds no model that belongs to its settings"):
+        sample.load_run(tmp_path, "cpu")
+    (tmp_path / "ckpt.pt").write_bytes(whole)
+    Tokenizer({i: bytes([i]) for i in range(256)}, []).save(tmp_path)
+    with pytest.raises(ValueError, match="256 tokens, but the model in .* has 259"):
+        sample.load_run(tmp_path, "cpu")
+
+
+def test_what_is_wrong_is_said_in_one_line(run_folder, tmp_path):
+    for flag, status, words in [("--top_p=0", 2, b"top_p"), ("--prompt=@none", 1, b"none")]:
+        done = run_sample(run_folder, flag)
+        assert done.returncode == status and words in done.stderr and done.stderr.count(b"\n") == 1 and not done.stdout, done.stderr
+    with pytest.raises(OSError, match="vocab.json"):
+        sample.load_run(tmp_path / "none", "cpu")

@@ -1,0 +1,724 @@
+"""
+Train a Transformer language model on the tokens that bpe.py wrote, on CPU, CUDA or Apple's MPS, alone or in many processes.
+
+    $ python train.py --lr=3e-4 --post_norm=True                       # every constant below is a flag
+    $ python train.py --resume=True                                    # continue the run in out_dir, exactly where its checkpoint stands
+    $ python train.py --compare=out/a,out/b                            # draw the losses of several runs into one picture, train nothing
+    $ torchrun --nproc_per_node=8 train.py --max_minutes=90            # the same run on eight GPUs, fitted into a given time
+
+Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (weights and optimiser state), log.csv (one row
+per logged step), curves.svg (the losses over steps and over seconds), config.json (the constants), and the tokenizer, so that sample.py needs
+that folder only. Checkpoints are made at every evaluation, at the end, and on Ctrl-C or SIGTERM.
+"""
+import time
+STARTED = time.perf_counter()  # ahead of torch, whose import takes seconds of what --max_minutes grants
+import csv
+import ctypes
+import html
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import zlib
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bpe import Tokenizer, configure, one_line_errors, only_run_in, replacing, require
+from model import TransformerLM, read_checkpoint, training_flops
+
+# files
+data_dir = "data"       # folder that bpe.py wrote
+out_dir = "out"         # run folder; one that holds a run is moved aside first, to out.1 or the next free number
+resume = False          # continue the run in out_dir with its own flags, or start one where there is none
+compare = ""            # run folders, separated by commas: draw them into out_dir/curves.svg, print their final losses, and train nothing
+# the model's shape
+context_length = 256    # tokens that the model sees at once
+num_layers = 4          # Transformer blocks
+d_model = 256           # width of the residual stream
+num_heads = 8           # attention heads; they must divide d_model
+d_ff = 0                # width of the feed-forward networks; 0: about 8/3 d_model, or 4 d_model with --swiglu=False
+rope_theta = 10000.0    # base of the rotary wavelengths
+# ablations
+post_norm = False       # normalise after each residual sum, as in 2017, instead of before each sublayer
+rms_norm = True         # False: no normalisation at all
+rope = True             # False: no positions at all (NoPE)
+swiglu = True           # False: ungated feed-forward networks w2(silu(w1 x))
+tie_embeddings = False  # one matrix for the token embeddings and the output head
+# optimiser
+optimizer = "adamw"     # adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest
+lr = 3e-3               # AdamW's peak learning rate
+muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in step with lr
+min_lr = 3e-5           # where lr ends
+warmup_steps = 50       # steps of linear warm-up from 0 to lr
+beta1 = 0.9             # AdamW's memory of the mean gradient
+beta2 = 0.95            # AdamW's memory of the mean squared gradient
+eps = 1e-8              # added to AdamW's denominator
+weight_decay = 0.1      # of the matrices; RMSNorm's gains do not decay
+grad_clip = 1.0         # largest norm of the whole gradient; 0: never clip
+# budget
+batch_size = 16         # sequences per optimiser step, over all processes
+grad_accum = 1          # parts that each process cuts its share of the batch into: the same step in less memory
+steps = 500             # optimiser steps; the learning rate reaches min_lr at the last
+max_minutes = 0.0       # above 0: train for this many minutes of wall-clock time, all included, instead of for `steps`
+eval_interval = 125     # steps between evaluations; each ends with a checkpoint
+eval_batches = 8        # batches per evaluation, always the same ones, spread evenly over val.bin
+log_interval = 10       # steps between rows of log.csv; their losses are means over the steps since the row before
+seed = 0                # decides the initial weights and every batch
+# machine
+device = ""             # cpu, cuda or mps; empty: the fastest at hand
+dtype = ""              # float32, or bfloat16 for the matrix products; empty: bfloat16 where the hardware has it
+compile = True          # fuse the model with torch.compile: less time per step, after some seconds of compilation
+shard = False           # with torchrun: spread weights and optimiser state over the processes, for models larger than one device
+
+RESULTS = ("ckpt.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
+COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
+# What a resumed run may change, because the run stays the same but for rounding, its place, or what it reports.
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "compare", "grad_accum", "eval_interval", "log_interval", "device", "dtype", "compile", "shard"}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # dense bf16
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+def load_tokens(path, vocab_size, context_length):
+    """The token ids of a .bin file as a read-only array on disk (numpy memmap), uint16, or uint32 for more than 65,536 entries.
+
+    Raises ValueError if the file is cut, holds an id beyond the vocabulary, or is too short for one context and the token after it.
+    """
+    kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
+    size = os.path.getsize(path)
+    if size % kind.itemsize:
+        raise ValueError(f"{path} is cut or of another kind: {size} bytes are no whole number of {kind.itemsize}-byte tokens")
+    if size // kind.itemsize <= context_length:
+        raise ValueError(f"{path} holds {size // kind.itemsize} tokens, fewer than one context and the next token ({context_length + 1})")
+    tokens = np.memmap(path, kind, "r")
+    top = max(int(tokens[i:i + 2 ** 22].max()) for i in range(0, len(tokens), 2 ** 22))  # in parts: the file may exceed the memory
+    if top >= vocab_size:
+        raise ValueError(f"{path} holds the token {top}, but the vocabulary ends at {vocab_size - 1}: encode it with this vocabulary")
+    return tokens
+
+
+def windows(dataset, starts, context_length, device):
+    """The contexts that begin at `starts` (B) and, as targets, the same shifted by one: two tensors (B, T) of int64 on `device`."""
+    tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)].astype(np.int64)   # (B, T + 1)
+    tokens = torch.from_numpy(tokens)
+    if torch.device(device).type == "cuda":
+        tokens = tokens.pin_memory()  # so that the copy runs while the GPU computes
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def get_batch(dataset, batch_size, context_length, device, generator=None, part=slice(None)):
+    """Draw batch_size contexts at random places of a 1-D array of token ids; return inputs and targets, each (B, T), int64, on `device`.
+
+    generator: a torch.Generator on the CPU, so that equal seeds give equal batches. part: the rows of the batch to read (all). Handout, section 5.1.
+    """
+    if len(dataset) <= context_length:
+        raise ValueError(f"{len(dataset)} tokens are too few for one context of {context_length} and the next token")
+    starts = torch.randint(len(dataset) - context_length, (batch_size,), generator=generator)
+    return windows(dataset, starts[part], context_length, device)
+
+
+def generator_of_step(seed, step):
+    """The random generator of one step's batch: what a step sees depends on (seed, step) alone, so resuming needs no random state."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+# ------------------------------------------------------------------------------------------------------- optimisation
+
+def get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters):
+    """The learning rate of step `it`: linear from 0 to the maximum, then half a cosine to the minimum, then the minimum. Handout, section 4.4."""
+    if it < warmup_iters:
+        return max_learning_rate * it / warmup_iters
+    if it >= cosine_cycle_iters:
+        return min_learning_rate
+    progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)
+    return min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (max_learning_rate - min_learning_rate)
+
+
+def local(tensor):
+    """This process's part of a tensor that --shard=True spread over the processes; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@torch.no_grad()
+def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
+    """Scale all gradients together, in place, so that their joint L2 norm is at most max_l2_norm; return the norm before (scalar tensor)."""
+    given = [p.grad for p in parameters if p.grad is not None]
+    grads = [local(grad) for grad in given]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if grads[0] is not given[0]:  # sharded: the squares of all processes' parts add up
+        norm = norm.square()
+        dist.all_reduce(norm)
+        norm = norm.sqrt()
+    torch._foreach_mul_(grads, (max_l2_norm / (norm + eps)).clamp(max=1))  # no `if`: a GPU would have to stop for the answer
+    return norm
+
+
+class SGD(torch.optim.Optimizer):
+    """Stochastic gradient descent with the handout's decay: in step t (from 0), p <- p - lr / sqrt(t + 1) * gradient. Handout, section 4.2."""
+
+    def __init__(self, params, lr):
+        if lr < 0:
+            raise ValueError(f"the learning rate {lr} is negative")
+        super().__init__(params, dict(lr=lr, t=0))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            torch._foreach_add_(params, [p.grad for p in params], alpha=-group["lr"] / math.sqrt(group["t"] + 1))
+            group["t"] += 1
+        return loss
+
+
+def pieces(tensor, size=2 ** 19):
+    """The rows of a large tensor in parts of about `size` elements."""
+    return tensor.split(max(1, size * len(tensor) // tensor.numel())) if tensor.numel() > size else (tensor,)
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay, as torch.optim.AdamW computes it (Loshchilov and Hutter 2019, algorithm 2; Kingma and Ba 2015).
+
+    p <- (1 - lr * weight_decay) p - lr * m' / (sqrt(v') + eps), where m and v are running means of g and g^2 with the memories `betas`,
+    and m' = m / (1 - beta1^t), v' = v / (1 - beta2^t) undo their start at zero. Raises ValueError for values out of range.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, the betas {betas} in [0, 1)")
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, t=0))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            group["t"] += 1
+            self.update(group, [p for p in group["params"] if p.grad is not None])
+        return loss
+
+    def update(self, group, params):
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+        tensors = [[local(tensor) for tensor in (p, p.grad, self.state[p]["m"], self.state[p]["v"])] for p in params]
+        if params and params[0].device.type == "cpu":
+            # All tensors at once would take each of the seven passes below through the main memory; a piece stays in the cache: half the time.
+            tensors = [piece for four in tensors for piece in zip(*map(pieces, four))]
+            batches = [[[tensor] for tensor in four] for four in tensors]
+        else:
+            batches = [list(zip(*tensors))] if tensors else []
+        beta1, beta2 = group["betas"]
+        unbias1, unbias2 = 1 - beta1 ** group["t"], math.sqrt(1 - beta2 ** group["t"])
+        for p, g, m, v in batches:  # lists of tensors of equal shapes
+            torch._foreach_mul_(p, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_lerp_(m, g, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, g, g, 1 - beta2)
+            denominator = torch._foreach_sqrt(v)
+            torch._foreach_add_(denominator, group["eps"] * unbias2)  # numerator and denominator times unbias2: one pass less
+            torch._foreach_addcdiv_(p, m, denominator, -group["lr"] * unbias2 / unbias1)
+
+
+def orthogonalise(matrices, dtype=torch.float32):
+    """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T with most singular values within 0.7 and 1.2 (Jordan et al. 2024).
+
+    Five Newton-Schulz steps: each turns every singular value s into a s + b s^3 + c s^5, which drives them towards 1, by products (in `dtype`) alone.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(AdamW):
+    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum (Jordan et al. 2024).
+
+    Every direction that the gradients agree on gets a step of the same length, where otherwise a few large ones drown the rest. dtype: of the products.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, dtype=torch.float32):
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self.dtype = dtype
+
+    def update(self, group, params):
+        if not group.get("momentum"):
+            return super().update(group, params)
+        alike = {}
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["m"] = torch.zeros_like(p)
+            momentum = self.state[p]["m"].lerp_(p.grad, 1 - group["momentum"])
+            alike.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))  # Nesterov: looks one step ahead
+        for (rows, columns), pairs in alike.items():  # matrices of one shape go through the products together
+            moves = orthogonalise(torch.stack([whole(move) for _, move in pairs]), self.dtype)
+            for (p, _), move in zip(pairs, moves):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(spread(move, p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def parameter_groups(model):
+    """The model's parameters for AdamW or Muon: the blocks' matrices, the matrices at both ends, and the gains. `scale` multiplies the schedule's lr."""
+    inside = [p for p in model.layers.parameters() if p.dim() == 2]
+    ends = [p for p in model.parameters() if p.dim() == 2 and all(p is not q for q in inside)]
+    gains = [p for p in model.parameters() if p.dim() == 1]
+    muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else dict(scale=1.0)
+    return [dict(params=inside, **muon), dict(params=ends, scale=1.0), dict(params=gains, scale=1.0, weight_decay=0.0)]
+
+
+# -------------------------------------------------------------------------------------------------- many processes
+
+def whole(tensor):
+    """A sharded tensor put together from all processes; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def spread(tensor, like):
+    """A whole tensor, sharded as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def average_gradients(parameters):
+    """Replace each gradient by its mean over the processes; all of them travel as one message."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
+
+
+def largest(*numbers):
+    """Each number's maximum over the processes, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def mean_over_processes(tensor):
+    """The mean of a tensor over all processes."""
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor / dist.get_world_size()
+
+
+def shard_model(model):
+    """Spread the parameters of each block over the processes: a block is whole only while it computes (Zhao et al. 2023, FSDP)."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    for module in (*model.layers, model):
+        fully_shard(module)
+    register_fsdp_forward_method(model, "loss")
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+def gathered(value):
+    """Nested dicts and lists with their sharded tensors made whole, in the memory of the first process."""
+    if isinstance(value, dict):
+        return {key: gathered(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [gathered(item) for item in value]
+    return whole(value).cpu() if hasattr(value, "full_tensor") else value
+
+
+def save_checkpoint(model, optimizer, iteration, out, **more):
+    """Write the state of model and optimizer, the iteration, and whatever else is named, to `out`: a path or a binary file object.
+
+    A path gets its new content only when all of it is on the disk. With torchrun every process must call this; the first one writes.
+    """
+    saved = gathered(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=iteration, **more))
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    if hasattr(out, "write"):
+        torch.save(saved, out)
+        return
+    try:
+        with replacing(out) as temporary, open(temporary, "wb") as file:
+            torch.save(saved, file)
+    except (OSError, RuntimeError) as error:  # torch hides the operating system's reason behind one of its own
+        reason = getattr(error.__context__, "strerror", None) or getattr(error, "strerror", None) or error
+        raise OSError(f"{out} was not written, and what stood there before still stands: {reason}") from None
+
+
+def load_checkpoint(src, model, optimizer):
+    """Restore model and optimizer from a path, a binary file object, or read_checkpoint's dict, and return the iteration.
+
+    Raises ValueError for a damaged or foreign file and RuntimeError for a model of another shape.
+    """
+    saved = src if isinstance(src, dict) else read_checkpoint(src)
+    parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+    model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
+    states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()} for i, state in saved["optimizer"]["state"].items()}
+    optimizer.load_state_dict({**saved["optimizer"], "state": states})
+    return saved["iteration"]
+
+
+# ---------------------------------------------------------------------------------------------------- log and picture
+
+def write_log(path, rows):
+    """Write a log.csv that holds these rows, each a dict of strings."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def read_log(path):
+    """The rows of a log.csv as dicts of strings; a last row that was cut off is left out."""
+    with open(path, newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} is no log of train.py: its first line should be {','.join(COLUMNS)}")
+        return [row for row in table if row["tokens_per_second"]]
+
+
+def round_ticks(low, high, count=6):
+    """About `count` round numbers from low to high: the multiples of 1, 2 or 5 times a power of ten."""
+    power = 10 ** math.floor(math.log10((high - low) / count))
+    unit = min((power * factor for factor in (1, 2, 5, 10)), key=lambda unit: abs(unit - (high - low) / count))
+    return [i * unit for i in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+
+
+def draw_curves(logs, path):
+    """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log.csv}."""
+    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+    losses = [[float(row[kind]) for kind in ("val_loss", "train_loss") for row in rows[len(rows) // 10:] if row[kind]] for rows in logs.values()]
+    # From the best loss up to the worst after a tenth of the run: the plunge of the first steps would flatten the rest. And never beyond a
+    # blind guess, which is where a run begins: one that diverges leaves through the top.
+    low = min(map(min, losses))
+    high = min(max(map(max, losses)), max(float(rows[0]["train_loss"]) for rows in logs.values()))
+    low, high = low - 0.03 * (high - low) - 0.01, high + 0.03 * (high - low) + 0.01
+    width, height, top = 440, 330, 70 + 18 * math.ceil(len(logs) / 4)
+    svg = []
+
+    def text(x, y, words, anchor="middle", more=""):
+        svg.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>')
+
+    for left, axis in ((70, "step"), (590, "seconds")):
+        end = max(float(rows[-1][axis]) for rows in logs.values()) or 1.0
+        across = lambda value: left + width * float(value) / end
+        down = lambda value: top + height * (high - min(max(float(value), low - 9), high + 9)) / (high - low)
+        for tick in round_ticks(0, end):
+            svg.append(f'<path d="M{across(tick):.1f} {top}v{height}" class="grid"/>')
+            text(across(tick), top + height + 20, f"{tick:,.10g}")
+        for tick in round_ticks(low, high):
+            svg.append(f'<path d="M{left} {down(tick):.1f}h{width}" class="grid"/>')
+            text(left - 8, down(tick) + 4, f"{tick:.10g}", "end")
+        text(left + width / 2, top + height + 44, {"step": "optimiser steps", "seconds": "wall-clock seconds"}[axis])
+        text(left - 48, top + height / 2, "loss (nats a token)", more=f'transform="rotate(-90 {left - 48} {top + height / 2})"')
+        svg.append(f'<svg x="{left}" y="{top}" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">')  # cuts what lies outside
+        for rows, colour in zip(logs.values(), colours * len(logs)):
+            thinned = rows[::math.ceil(len(rows) / 500)]  # a point every pixel: more would only make the file large
+            validated = [row for row in rows if row["val_loss"]]
+            for some, kind, style in ((thinned, "train_loss", 'stroke-width="1" opacity="0.45"'), (validated, "val_loss", 'stroke-width="2"')):
+                points = " ".join(f"{across(row[axis]):.1f},{down(row[kind]):.1f}" for row in some)
+                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
+            svg += [f'<circle cx="{across(row[axis]):.1f}" cy="{down(row["val_loss"]):.1f}" r="3" fill="{colour}"/>' for row in validated]
+        svg.append(f'</svg><rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#888"/>')
+    text(70, 30, "Loss in training (thin) and on validation text (thick, with dots)", "start", 'font-size="16"')
+    for i, (name, colour) in enumerate(zip(logs, colours * len(logs))):
+        x, y = 70 + 240 * (i % 4), 58 + 18 * (i // 4)
+        svg.append(f'<path d="M{x} {y - 4}h24" stroke="{colour}" stroke-width="3"/>')
+        text(x + 30, y, name if len(name) < 30 else "..." + name[-27:], "start")
+    with replacing(path) as temporary:
+        temporary.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + height + 60}" font-family="sans-serif" font-size="12">'
+                             '<style>.grid{stroke:#ddd}</style><rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n",
+                             encoding="utf-8")
+
+
+def perplexity(loss):
+    """exp(loss): among how many equally likely tokens the model would be as unsure."""
+    return math.exp(min(loss, 700))
+
+
+def compare_runs(folders):
+    """Draw the runs in these folders into out_dir/curves.svg and print their last losses beside the constants in which they differ."""
+    logs = {str(folder): read_log(folder / "log.csv") for folder in folders}
+    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in folders]
+    for name, rows in logs.items():
+        require(rows, f"--compare: {name}/log.csv has no rows yet")
+    names = [name for name in configs[0] if name not in MAY_CHANGE and len({str(config.get(name)) for config in configs}) > 1]
+    table = [["run", *names, "steps", "tokens", "seconds", "train loss", "val loss", "perplexity"]]
+    for (run, rows), config in zip(logs.items(), configs):
+        last, validation = rows[-1], next((float(row["val_loss"]) for row in reversed(rows) if row["val_loss"]), math.nan)
+        table.append([run, *(str(config.get(name)) for name in names), last["step"], f"{int(last['tokens']):,}", f"{float(last['seconds']):.0f}",
+                      f"{float(last['train_loss']):.4f}", f"{validation:.4f}", f"{perplexity(validation):.2f}"])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    draw_curves(logs, Path(out_dir) / "curves.svg")
+    print(f"{Path(out_dir) / 'curves.svg'} shows the curves")
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+def check_flags(processes):
+    """Raise UsageError for a flag whose value makes no sense."""
+    for name in ("context_length", "num_layers", "d_model", "num_heads", "batch_size", "grad_accum", "steps", "eval_interval", "eval_batches",
+                 "log_interval"):
+        require(globals()[name] >= 1, f"--{name}={globals()[name]}: must be at least 1")
+    for name in ("d_ff", "muon_lr", "min_lr", "warmup_steps", "eps", "weight_decay", "grad_clip", "max_minutes", "seed"):
+        require(globals()[name] >= 0, f"--{name}={globals()[name]}: must not be negative")
+    for name in ("rope_theta", "lr"):
+        require(globals()[name] > 0, f"--{name}={globals()[name]}: must be above 0")
+    for name in ("beta1", "beta2"):
+        require(0 <= globals()[name] < 1, f"--{name}={globals()[name]}: must be at least 0 and below 1")
+    for name, choices in dict(optimizer=("adamw", "muon"), device=("", "cpu", "cuda", "mps"), dtype=("", "float32", "bfloat16")).items():
+        require(globals()[name] in choices, f"--{name}={globals()[name]}: choose {' or '.join(choice or 'nothing' for choice in choices)}")
+    for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        require(device != name or module.is_available(), f"--device={name}: this machine has none that this torch can use")
+    require(d_model % num_heads == 0, f"--num_heads={num_heads} does not divide --d_model={d_model}")
+    require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
+    require(batch_size % (processes * grad_accum) == 0, f"--batch_size={batch_size} sequences cannot be split evenly over {processes} processes times "
+                                                        f"--grad_accum={grad_accum} parts")
+    require(not shard or processes > 1, "--shard=True spreads one model over several processes: start them with torchrun")
+
+
+def choose_device(local_rank):
+    """The device of this process, and the data type of the matrix products on it."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind), getattr(torch, dtype or ("bfloat16" if fast else "float32"))
+
+
+def load_data():
+    """The tokens for training and for validation, the size of the vocabulary, and the check sums by which a resumed run knows its data."""
+    files = {name: Path(data_dir) / name for name in ("vocab.json", "merges.txt", "train.bin", "val.bin")}
+    vocab_size = len(Tokenizer.from_files(files["vocab.json"], files["merges.txt"]).vocab)
+    tokens = [load_tokens(files[name], vocab_size, context_length) for name in ("train.bin", "val.bin")]
+    content = {name: path.read_bytes() for name, path in files.items() if path.suffix != ".bin"} | dict(zip(("train.bin", "val.bin"), tokens))
+    return *tokens, vocab_size, {name: zlib.crc32(whole_file) for name, whole_file in content.items()}
+
+
+def check_same_run(saved, config, data):
+    """Raise UsageError, naming what differs, unless the checkpoint's run had these constants and this data."""
+    differing = [f"{name} is {saved['config'].get(name)!r} there and {value!r} here" for name, value in config.items()
+                 if name not in MAY_CHANGE and saved["config"].get(name) != value]
+    differing += [f"{Path(data_dir) / name} is another file" for name in data if saved["data"].get(name) != data[name]]
+    require(not differing, f"--resume=True: {out_dir} holds another run: {', '.join(differing)}")
+
+
+def prepare_folder(config, done):
+    """Cut the log of a resumed run back to the step of its checkpoint; or move an older run aside and lay down the files of a new one."""
+    out, log = Path(out_dir), Path(out_dir) / "log.csv"
+    if done:
+        return write_log(log, [row for row in read_log(log) if int(row["step"]) <= done])
+    old = [out / name for name in RESULTS if (out / name).exists()]
+    if old and not resume:
+        here = out.resolve()
+        aside = next(path for path in (here.with_name(f"{here.name}.{i}") for i in itertools.count(1)) if not path.exists())
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        print(f"{out} held a run: it is in {aside.name} now")
+    write_log(log, [])
+    for name in ("vocab.json", "merges.txt"):
+        with replacing(out / name) as temporary:
+            shutil.copyfile(Path(data_dir) / name, temporary)
+    with replacing(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def compile_model(model, loss_of, inputs, targets):
+    """Fuse the model with torch.compile for batches of this shape; or leave it, with a line of warning, where this machine cannot compile."""
+    print("compiling, up to a minute the first time (--compile=False goes without) ... ", end="", flush=True)
+    begin = time.perf_counter()
+    try:
+        model.compile_parts()
+        loss_of(inputs, targets).backward()
+        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+    except Exception as error:  # no C++ compiler, no Triton, no place for the cache: each has an exception of its own
+        torch.compiler.set_stance("force_eager")
+        print("failed", flush=True)
+        print(f"warning: cannot compile here, so steps take longer: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+    model.zero_grad()
+
+
+def keep_freed_memory():
+    """Let glibc keep large blocks that are freed, instead of taking new pages from the system at every step: 5 % of a step on a CPU."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)    # M_MMAP_MAX: large blocks come from the heap
+        libc.mallopt(-1, -1)   # M_TRIM_THRESHOLD: whose end is never given back
+    except (AttributeError, OSError, TypeError):
+        pass   # another C library, with habits of its own
+
+
+def optimise(model, rule, loss_of, batches):
+    """One step of the optimiser `rule` along the mean gradient of some (inputs, targets); return their mean loss and the gradient's norm (2)."""
+    losses = []
+    for inputs, targets in batches:
+        loss = loss_of(inputs, targets) / len(batches)
+        loss.backward()
+        losses.append(loss.detach())
+    if dist.is_initialized() and not shard:  # sharded gradients are averaged on their way back
+        average_gradients(model.parameters())
+    norm = gradient_clipping(model.parameters(), grad_clip or math.inf)
+    rule.step()
+    rule.zero_grad()
+    return torch.stack([sum(losses), norm])
+
+
+def evaluate(loss_of, tokens, parts, place):
+    """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
+    starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64).reshape(eval_batches, batch_size)
+    # The gradient stays on, though nobody asks for it: under no_grad torch.compile would compile the model a second time.
+    losses = [loss_of(*windows(tokens, row[part], context_length, place)).detach() for row in starts for part in parts]
+    return mean_over_processes(torch.stack(losses).mean()).item()
+
+
+def gpu_peak(place):
+    """FLOP/s of this GPU in dense bfloat16 products; 0 where that is not known."""
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), 0)
+
+
+def duration(seconds):
+    """Minutes and seconds, as in 2:05."""
+    return f"{max(0, int(seconds)) // 60}:{max(0, int(seconds)) % 60:02}"
+
+
+def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
+    """One run in out_dir, from step 0 or from its checkpoint to the end; only the process of rank 0 writes."""
+    keep_freed_memory()
+    place, kind = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if processes > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    model = TransformerLM(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, rope_theta,
+                          post_norm, rms_norm, rope, swiglu, tie_embeddings)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
+          f"{f'{processes} processes on ' * (processes > 1)}{place.type}, {str(kind).removeprefix('torch.')}")
+    flops_per_token = training_flops(model)
+    if shard:
+        shard_model(model)
+    model.to(place)
+    hyper = parameter_groups(model), lr, (beta1, beta2), eps, weight_decay
+    rule = Muon(*hyper, kind) if optimizer == "muon" else AdamW(*hyper)
+
+    checkpoint, log = Path(out_dir) / "ckpt.pt", Path(out_dir) / "log.csv"
+    done, earlier, sums, count = 0, 0.0, torch.zeros(2, device=place), 0   # loss and gradient norm, summed over the `count` steps since the last row
+    if resume and checkpoint.exists():
+        saved = read_checkpoint(checkpoint)
+        check_same_run(saved, config, data)
+        done, earlier, sums, count = load_checkpoint(saved, model, rule), saved["seconds"], saved["sums"].to(place), saved["count"]
+        print(f"{checkpoint} stands at step {done:,}")
+    if rank == 0:
+        prepare_folder(config, done)
+
+    def clock():
+        """Seconds that the run has taken so far."""
+        return earlier + time.perf_counter() - STARTED
+
+    def save(step):
+        save_checkpoint(model, rule, step, checkpoint, config=config, data=data, seconds=clock(), sums=mean_over_processes(sums), count=count)
+
+    def loss_of(inputs, targets):
+        with torch.autocast(place.type, kind, enabled=kind != torch.float32):
+            return model.loss(inputs, targets)
+
+    share = batch_size // processes // grad_accum   # sequences that go through the model at once
+    parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
+    if compile:
+        compile_model(model, loss_of, *windows(train_tokens, [0] * share, context_length, place))
+    budget, horizon = 60 * max_minutes, steps
+    if max_minutes:  # the end is rehearsed, to know how much of the time it takes; and Python takes a second to leave
+        begin = clock()
+        evaluate(loss_of, val_tokens, parts, place)
+        save(done)
+        budget -= largest(1.5 * (clock() - begin) + 1.5)[0]
+        horizon = done * budget / clock() if done else math.inf
+    if done >= horizon:
+        return print(f"{out_dir} holds all of its {done:,} steps already")
+    stops = []   # the signal that asked for an end; a second one ends the process at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number) if stops else stops.append(number))
+
+    row_step, row_end, peak = done, clock(), gpu_peak(place) * processes
+    for step in itertools.count(done + 1):
+        begin = clock()
+        rate = get_lr_cosine_schedule(step, lr, min_lr, warmup_steps, horizon)
+        for group in rule.param_groups:
+            group["lr"] = rate * group["scale"]
+        batches = [get_batch(train_tokens, batch_size, context_length, place, generator_of_step(seed, step), part) for part in parts]
+        sums += optimise(model, rule, loss_of, batches)
+        count += 1
+
+        ahead, stop = largest(2 * clock() - begin, *stops or [0])   # when one more step would end, and whether any process was told to stop
+        horizon = step * budget / ahead if max_minutes else steps   # the step at which the time will be up, at the pace so far
+        last = step >= horizon
+        evaluating = last or step % eval_interval == 0
+        due = evaluating or step % log_interval == 0 or step == 1
+        if due or stop:
+            loss, norm = (mean_over_processes(sums) / count).tolist()   # only here the processor waits for the device
+            seconds = clock()
+            val_loss = evaluate(loss_of, val_tokens, parts, place) if evaluating else 0.0
+            if not math.isfinite(loss + norm + val_loss):
+                raise RuntimeError(f"the run diverged by step {step:,}: training loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
+                                   + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
+        if due:
+            speed, left = (step - row_step) * batch_size * context_length / (seconds - row_end), (seconds - row_end) / (step - row_step) * (horizon - step)
+            if rank == 0:
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"{step},{step * batch_size * context_length},{seconds:.2f},{rate:.6g},{loss:.6f},"
+                               f"{f'{val_loss:.6f}' * evaluating},{norm:.6f},{speed:.1f}\n")
+            print(f"step {step:,} of {'about ' * (max_minutes > 0)}{horizon:,.0f}: loss {loss:.3f}{f', validation {val_loss:.3f}' * evaluating}, lr {rate:.1e}, "
+                  f"norm {norm:.2f}, {speed:,.0f} tokens/s{f' ({speed * flops_per_token / peak:.0%} MFU)' if peak else ''}, {duration(left)} left", flush=True)
+            sums.zero_()
+            count, row_step = 0, step
+        if evaluating or stop:
+            save(step)
+            if rank == 0:
+                draw_curves({out_dir: read_log(log)}, Path(out_dir) / "curves.svg")
+        if due:
+            row_end = clock()
+        if last:
+            break
+        if stop:
+            print(f"stopped at step {step:,}; --resume=True goes on from there")
+            sys.exit(128 + int(stop))
+    print(f"{step * batch_size * context_length:,} tokens in {duration(clock())}: validation loss {val_loss:.4f}, perplexity {perplexity(val_loss):.1f}; "
+          f"{Path(out_dir) / 'curves.svg'} shows the way")
+
+
+def main():
+    config = configure(globals())
+    if compare:
+        return compare_runs([Path(folder) for folder in compare.split(",")])
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    check_flags(processes)
+    data = load_data()
+    with only_run_in(out_dir) if rank == 0 else nullcontext():
+        train(config, *data, rank, processes)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
