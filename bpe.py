@@ -39,6 +39,9 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends the script without a traceback; one_line_errors takes over
+
 import numpy as np
 import regex
 
@@ -55,9 +58,10 @@ num_processes = 0                  # worker processes; 0: one for each core
 PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 END = "<|endoftext|>"              # ends each document of the default corpus
 CACHE = 1 << 18                    # words whose token ids a tokenizer remembers, 40 MB or so
+SLOT_BITS = 18                     # 2**18 words more, packed into numbers, 9 MB
 NEVER = 2 ** 31 - 1                # the rank of a pair that no merge joins
 BLOCK = 1 << 23                    # bytes of text that a worker process takes at a time
-SLICE = 1 << 18                    # bytes of text in one pass of the array code: its arrays then fit the cache, twice as fast as 4 MB
+SLICE = 1 << 19                    # bytes of text in one pass of the array code: its arrays then fit the cache, twice as fast as 4 MB
 
 
 # --------------------------------------------------------------------------------------------- 1. pre-tokenisation
@@ -323,12 +327,12 @@ class Segmentation:
         self.first, self.last, self.lengths = cells, cells.copy(), lengths
 
     def pairs(self):
-        """All neighbouring tokens: left, right, and the place where the left one begins; three arrays of one length."""
+        """All pairs of neighbouring tokens, as numbers left << 32 | right, and the places where their left tokens begin; (P,) int64 each."""
         places = np.flatnonzero(self.first >= 0)
-        left = self.first[places]
+        left = self.first[places].astype(np.int64)
         right = self.first[places + self.lengths[left]]
         held = right >= 0
-        return left[held], right[held], places[held]
+        return left[held] << 32 | right[held], places[held]
 
     def still_there(self, left, right, places):
         """Those of the places at which the pair left, right still stands."""
@@ -347,19 +351,19 @@ class Segmentation:
         self.first[places] = new
         self.last[ends - 1] = new
         before, after = self.last[places - 1], self.first[ends]
-        comes, goes = (before >= 0) & (before != new), after >= 0  # of two new neighbours, the right one's pair would be the left one's again
-        before, after = before[comes], after[goes]
-        return (np.concatenate((before, np.full(len(after), new, np.int32))), np.concatenate((np.full(len(before), new, np.int32), after)),
-                np.concatenate((places[comes] - self.lengths[before], places[goes])))
+        comes, goes = (before >= 0) & (before != new), after >= 0  # where both neighbours are new, the pair comes from the left one alone
+        before, after = before[comes].astype(np.int64), after[goes].astype(np.int64)
+        return np.concatenate((before << 32 | new, after | new << 32)), np.concatenate((places[comes] - self.lengths[before], places[goes]))
 
 
-def group_pairs(left, right, places):
-    """Sort the places by their pairs: the distinct pairs, left and right, then where the places of each start, and the places."""
-    keys = left.astype(np.int64) << 32 | right
-    order = np.argsort(keys)
-    keys = keys[order]
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    return keys[starts] >> 32, keys[starts] & 0xFFFFFFFF, starts, places[order]
+def group_pairs(pairs, places):
+    """Sort places by the pairs that stand there: returns the distinct pairs, where the places of each start, and the places."""
+    order = pairs.argsort()
+    pairs = pairs[order]
+    differs = np.ones(len(pairs), bool)
+    np.not_equal(pairs[1:], pairs[:-1], out=differs[1:])
+    starts = differs.nonzero()[0]
+    return pairs[starts], starts, places[order]
 
 
 def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None, tell=lambda phase, done, total: None):
@@ -381,20 +385,22 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     cells, counts = count_words(input_path, specials, stop, num_processes, tell)
     vocab = [bytes([byte]) for byte in range(256)]
     specials = [token for token in specials if token not in vocab]
-    target = vocab_size - len(specials)
+    target = min(vocab_size - len(specials), 256 + len(cells))  # each merge takes away a token at least: there can be no more
     merges, heap = [], []
     text = Segmentation(np.concatenate(([-1], cells), dtype=np.int32), np.ones(target, np.intp))
     word = np.cumsum(text.first < 0, dtype=np.int32) - 1  # the word that each cell belongs to
     descending = [chr(255 - byte) + "\u0100" for byte in range(256)]  # strings that sort in the opposite order of the tokens' bytes
 
-    def watch(pairs, floor):
+    def watch(pairs, places, floor):
         """Put the pairs that occur `floor` times or more on the heap (0: an eighth as often as the most frequent one, or more); return floor."""
-        lefts, rights, starts, places = group_pairs(*pairs)
+        pairs, starts, places = group_pairs(pairs, places)
         occur = np.add.reduceat(counts[word[places]], starts)
         floor = floor or max(1, int(occur.max(initial=0)) // 8)
-        often, ends = np.flatnonzero(occur >= floor), np.append(starts, len(places))[1:]
-        for left, right, n, start, end in zip(*(part[often].tolist() for part in (lefts, rights, occur, starts, ends))):
-            heapq.heappush(heap, (-n, descending[left], descending[right], left, right, places[start:end]))
+        often = (occur >= floor).nonzero()[0]
+        for i, pair, n in zip(often.tolist(), pairs[often].tolist(), occur[often].tolist()):
+            left, right = divmod(pair, 1 << 32)
+            stop = starts[i + 1] if i + 1 < len(starts) else len(places)
+            heapq.heappush(heap, (-n, descending[left], descending[right], left, right, places[starts[i]:stop]))
         return floor
 
     # Once a pair has come into being its count can only fall. So a count on the heap is an upper bound that is made true when it comes to the
@@ -402,7 +408,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     # are used up. Together that is two and a half times as fast as keeping all counts.
     while len(vocab) < target:
         if not heap:
-            floor = watch(text.pairs(), 0)
+            floor = watch(*text.pairs(), 0)
             if not heap:
                 break  # every word is one token
         bound, _, _, left, right, places = heapq.heappop(heap)
@@ -417,7 +423,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
         vocab.append(vocab[left] + vocab[right])
         descending.append(descending[left][:-1] + descending[right])
         text.lengths[new] = len(vocab[new])
-        watch(text.merge(left, right, new, places), floor)
+        watch(*text.merge(left, right, new, places), floor)
         tell("merging pairs", len(merges), target - 256)
     return dict(enumerate(vocab + specials)), merges
 
@@ -457,6 +463,51 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+class WordTable:
+    """The token ids of short words, looked up for many words at once: a cache in arrays, of fixed size.
+
+    A word stands in the one slot that its hash names, or nowhere; its ids lie in a pool that all words share. A million look-ups take 20 ms,
+    in a dict of bytes objects ten times as long.
+    """
+
+    def __init__(self, dtype):
+        """dtype: of the token ids."""
+        self.dtype = dtype
+        self.clear()
+
+    def clear(self):
+        """Forget all words."""
+        self.pool = np.empty(0, self.dtype)
+        self.slots = np.zeros((1 << SLOT_BITS, 4), np.int64)  # a word's two numbers (none is all zeros), then begin and size of its ids in the pool
+
+    def slot(self, words):
+        """The slot of each word, (W,)."""
+        return (hash_words(words) >> np.uint64(64 - SLOT_BITS)).astype(np.intp)
+
+    def find(self, words):
+        """Where the ids of words (2, W) begin in the pool, how many they are, and whether the word is known at all; (W,) each."""
+        if len(self.pool) > 2 << SLOT_BITS:
+            self.clear()
+        low, high, begins, sizes = self.slots.take(self.slot(words), axis=0).T  # take copies whole rows, seven times as fast as slots[...]
+        return begins, sizes, (low == words[0].view(np.int64)) & (high == words[1].view(np.int64))
+
+    def add(self, encoded):
+        """Put the ids of some words, bytes each, into the pool: returns where they begin and how many they are, (W,) each."""
+        sizes = np.array([len(ids) for ids in encoded], np.intp) // self.dtype.itemsize
+        begins = np.cumsum(sizes) - sizes + len(self.pool)
+        self.pool = np.concatenate((self.pool, np.frombuffer(b"".join(encoded), self.dtype)))
+        return begins, sizes
+
+    def put(self, words, begins, sizes):
+        """Make words (2, W) known. Whatever stood in their slots is forgotten."""
+        self.slots[self.slot(words)] = np.stack((*words.view(np.int64), begins, sizes), axis=1)
+
+    def gather(self, begins, sizes):
+        """The ids at all these places of the pool, one after another."""
+        ends = np.cumsum(sizes)
+        return self.pool[np.arange(sizes.sum()) + np.repeat(begins - (ends - sizes), sizes)]
+
+
 class Tokenizer:
     """Text to token ids and back, with a trained vocabulary.
 
@@ -487,7 +538,7 @@ class Tokenizer:
                 raise ValueError(f"the merge of {left!r} and {right!r} does not fit the vocabulary: "
                                  "each part must be a byte or made by an earlier merge, and the whole must have an id")
             made.add(left + right)
-        self.byte_ids = np.array([ids[bytes([byte])] for byte in range(256)], np.int32)
+        self.byte_ids = np.array([ids[bytes([byte])] for byte in range(256)])
         self.pairs = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
         if len(set(self.pairs)) < len(self.pairs):
             raise ValueError(f"{len(self.pairs) - len(set(self.pairs))} merges stand twice")
@@ -495,20 +546,19 @@ class Tokenizer:
         keys = np.append(left << 32 | right, 2 ** 63 - 1)  # a last one that no pair has: looking up never falls off the end
         self.ranks = np.append(np.arange(len(self.pairs)), NEVER)[np.argsort(keys)]
         self.keys = np.sort(keys)
-        self.rank_of_bytes = self.rank(*np.meshgrid(self.byte_ids, self.byte_ids, indexing="ij"))  # (256, 256)
+        self.rank_of_bytes = self.rank(self.byte_ids[:, None] << 32 | self.byte_ids).astype(np.int32)  # (256, 256)
         self.lengths = np.array([len(self.vocab[number]) for number in range(len(self.vocab))])
         self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
         self.special_ids = {utf8(token): self.dtype.type(number).tobytes() for token, number in self.special_tokens.items()}
         self.special, self.cut = special_pattern(list(self.special_ids)), cut_pattern(list(self.special_ids))
         self.longest_special = max(map(len, self.special_ids), default=0)
-        self.forget()
+        self.table = WordTable(self.dtype)
         self.cache = dict(self.special_ids)  # word: its token ids, as bytes of self.dtype
 
-    def rank(self, left, right):
-        """The rank, which is the place in the order of merges, of each pair of neighbouring ids, NEVER where there is none; arrays of one shape."""
-        keys = left.astype(np.int64) << 32 | right
-        found = np.searchsorted(self.keys, keys)
-        return np.where(self.keys[found] == keys, self.ranks[found], NEVER)
+    def rank(self, pairs):
+        """The rank, which is the place in the order of merges, of pairs of ids (int64, left << 32 | right); NEVER where no merge joins them."""
+        found = np.searchsorted(self.keys, pairs)
+        return np.where(self.keys[found] == pairs, self.ranks[found], NEVER)
 
     @classmethod
     def from_files(cls, vocab_filepath, merges_filepath, special_tokens=None):
@@ -554,11 +604,10 @@ class Tokenizer:
         table = {shown(token) if token in ordinary else token.decode(): number for number, token in sorted(self.vocab.items())}
         if len(table) < len(self.vocab):
             raise ValueError("a special token reads like the visible form of another token: choose one with a character that has no such form")
-        with replacing(Path(folder) / "vocab.json") as path:
-            path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
-        with replacing(Path(folder) / "merges.txt") as path:
-            lines = "".join(f"{shown(left)} {shown(right)}\n" for left, right in self.merges)
-            path.write_text("#version: 0.2\n" + lines, encoding="utf-8", newline="\n")
+        lines = "".join(f"{shown(left)} {shown(right)}\n" for left, right in self.merges)
+        with replacing(Path(folder) / "vocab.json") as vocab_json, replacing(Path(folder) / "merges.txt") as merges_txt:
+            vocab_json.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+            merges_txt.write_text("#version: 0.2\n" + lines, encoding="utf-8", newline="\n")
 
     def ids_of_words(self, words):
         """The token ids of each pre-token or special token in a list, as bytes of self.dtype; from the cache where it has them."""
@@ -566,14 +615,15 @@ class Tokenizer:
         if not missing:
             return [self.cache[word] for word in words]
         found = {}
-        for shortest, longest in (1, 7), (8, 11), (12, 16), (17, 32), (33, 64), (65, 128):  # each round of merge_words pays for its longest word
+        for shortest, longest in (1, 16), (17, 32), (33, 64), (65, 128):  # each round of merge_words pays for its longest word
             group = [word for word in missing if shortest <= len(word) <= longest]
             found.update(zip(group, self.merge_words(group)))
+        long = {word: self.merge_long(word) for word in missing if len(word) > 128}
+        encoded = [self.cache.get(word) or found.get(word) or long[word] for word in words]
         if len(self.cache) + len(found) > CACHE:
             self.cache = dict(self.special_ids)
         self.cache.update(found)
-        found.update((word, self.merge_long(word)) for word in missing if len(word) > 128)
-        return [self.cache.get(word) or found[word] for word in words]
+        return encoded
 
     def merge_words(self, words):
         """The token ids of short words, as bytes each: in every round, the pair of lowest rank of every word is merged.
@@ -584,11 +634,10 @@ class Tokenizer:
         width = lengths.max(initial=0)
         rows = np.arange(width + 1)[:, None]
         ids = np.full((width + 1, len(words)), -1, np.int32)  # one column a word
-        bytes_of_words = np.frombuffer(b"".join(words), np.uint8)
-        ids.T[rows.T < lengths[:, None]] = bytes_of_words
+        ids.T[rows.T < lengths[:, None]] = np.frombuffer(b"".join(words), np.uint8)
         ranks = np.full((width + 1, len(words)), NEVER, np.int32)  # of the pair that begins there
         ranks[:-1] = np.where(ids[1:] < 0, NEVER, self.rank_of_bytes[ids[:-1], ids[1:]])
-        ids = np.where(ids < 0, -1, self.byte_ids[ids])
+        ids = np.where(ids < 0, -1, self.byte_ids[ids]).astype(np.int32)
         column, final = np.arange(len(words)), np.empty_like(ids)
         while len(column):
             at = ranks.argmin(axis=0)
@@ -604,10 +653,10 @@ class Tokenizer:
             np.copyto(ranks[:-1], ranks[1:], where=rows[:-1] > place)
             ids[-1], ranks[-1] = -1, NEVER
             ids[at, going] = new
-            ranks[at, going] = self.rank(new, ids[np.minimum(at + 1, width), going])
+            ranks[at, going] = self.rank(new << 32 | ids[np.minimum(at + 1, width), going])
             inner = at > 0
             at, going = at[inner], going[inner]
-            ranks[at - 1, going] = self.rank(ids[at - 1, going], new[inner])
+            ranks[at - 1, going] = self.rank(ids[at - 1, going].astype(np.int64) << 32 | new[inner])
         sizes = (final >= 0).sum(axis=0)
         flat, ends = final.T[final.T >= 0].astype(self.dtype).tobytes(), (np.cumsum(sizes) * self.dtype.itemsize).tolist()
         return [flat[start:end] for start, end in zip([0, *ends], ends)]
@@ -616,19 +665,19 @@ class Tokenizer:
         """The token ids of a long word, as bytes: rank by rank, all places of a pair at once, O(n log n) where round by round is O(n^2)."""
         text, heap, places_of = Segmentation(np.array([-1, *self.byte_ids[list(word)], -1], np.int32), self.lengths), [], {}
 
-        def watch(pairs):
-            lefts, rights, starts, places = group_pairs(*pairs)
-            for rank, group in zip(self.rank(lefts, rights).tolist(), np.split(places, starts[1:])):
+        def watch(pairs, places):
+            pairs, starts, places = group_pairs(pairs, places)
+            for rank, group in zip(self.rank(pairs).tolist(), np.split(places, starts[1:])):
                 if rank < NEVER:
                     if rank not in places_of:
                         heapq.heappush(heap, rank)
                     places_of.setdefault(rank, []).append(group)
 
-        watch(text.pairs())
+        watch(*text.pairs())
         while heap:
             rank = heapq.heappop(heap)
             left, right, new = self.pairs[rank]
-            watch(text.merge(left, right, new, text.still_there(left, right, np.concatenate(places_of.pop(rank)))))
+            watch(*text.merge(left, right, new, text.still_there(left, right, np.concatenate(places_of.pop(rank)))))
         return text.first[text.first >= 0].astype(self.dtype).tobytes()
 
     def encode(self, text):
@@ -649,40 +698,23 @@ class Tokenizer:
         return np.concatenate([np.empty(0, self.dtype), *map(self.encode_slice, slices(text, self.cut))])
 
     def encode_slice(self, text):
-        """encode_bytes for a text whose arrays fit the processor's cache."""
+        """encode_bytes for a text whose arrays fit the processor's cache: words are looked up in the table, new ones are merged once each."""
         places, is_special = pretokenise(text, self.special)
         lengths = np.diff(places, append=len(text))
-        short = np.flatnonzero((lengths <= SHORT) & ~is_special)
-        other = np.flatnonzero((lengths > SHORT) | is_special)
+        short, other = np.flatnonzero((lengths <= SHORT) & ~is_special), np.flatnonzero((lengths > SHORT) | is_special)
         words = pack(text, places[short], lengths[short])
-        slots = (hash_words(words) >> np.uint64(64 - 18)).astype(np.intp)
-        known = (self.slot_words[0][slots] == words[0]) & (self.slot_words[1][slots] == words[1])
-        begins, sizes = np.empty((2, len(places)), np.intp)  # where in the pool the ids of each word begin, and how many they are
-        begins[short], sizes[short] = self.slot_begins[slots], self.slot_sizes[slots]
+        begins, sizes = np.empty((2, len(places)), np.intp)  # of each word's ids in the table's pool
+        begins[short], sizes[short], known = self.table.find(words)
+
         new = np.flatnonzero(~known)
         order, starts = bring_together(words[:, new])
-        runs = np.diff(starts, append=len(order))
-        first = new[order[starts]]
-        new_begins, new_sizes = self.add_to_pool(unpack(words[:, first]))
-        begins[short[new[order]]], sizes[short[new[order]]] = np.repeat(new_begins, runs), np.repeat(new_sizes, runs)
-        self.slot_words[:, slots[first]], self.slot_begins[slots[first]], self.slot_sizes[slots[first]] = words[:, first], new_begins, new_sizes
-        begins[other], sizes[other] = self.add_to_pool([text[i:i + n] for i, n in zip(places[other].tolist(), lengths[other].tolist())])
-        ends = np.cumsum(sizes)
-        ids = self.pool[np.arange(sizes.sum()) + np.repeat(begins - (ends - sizes), sizes)]
-        if len(self.pool) > 1 << 19:
-            self.forget()
-        return ids
-
-    def forget(self):
-        self.pool, self.slot_words = np.empty(0, self.dtype), np.zeros((2, 1 << 18), np.uint64)
-        self.slot_begins, self.slot_sizes = np.zeros((2, 1 << 18), np.intp)
-
-    def add_to_pool(self, words):
-        encoded = self.ids_of_words(words)
-        sizes = np.array([len(ids) for ids in encoded], np.intp) // self.dtype.itemsize
-        begins = np.cumsum(sizes) - sizes + len(self.pool)
-        self.pool = np.concatenate((self.pool, np.frombuffer(b"".join(encoded), self.dtype)))
-        return begins, sizes
+        distinct, repeats = words[:, new[order[starts]]], np.diff(starts, append=len(order))
+        found = self.table.add(self.ids_of_words(unpack(distinct)))
+        self.table.put(distinct, *found)
+        begins[short[new[order]]], sizes[short[new[order]]] = np.repeat(found, repeats, axis=1)
+        others = [text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())]
+        begins[other], sizes[other] = self.table.add(self.ids_of_words(others))
+        return self.table.gather(begins, sizes)
 
     def encode_iterable(self, iterable):
         """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily and in constant memory."""
@@ -797,6 +829,9 @@ def require(holds, message):
 @contextmanager
 def one_line_errors():
     """End the script on an error with one line on stderr: status 2 for a UsageError, 1 for a failure at run time, 130 for Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the caller has closed it
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
         yield
         sys.stdout.flush()

@@ -9,8 +9,12 @@ Parameters, bytes, every matrix product of a forward pass with its FLOPs, AdamW'
 """
 import os
 import re
+import signal
 import sys
 import zipfile
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
 
 import torch
 from torch import nn

@@ -12,9 +12,13 @@ The same seed gives the same text on the same machine.
 import codecs
 import copy
 import math
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
 
 import torch
 from torch import nn
@@ -196,7 +200,6 @@ def main():
     configure(globals())
     check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)
     require(device.split(":")[0] in ("", "cpu", "cuda", "mps"), f"--device={device}: choose cpu, cuda or mps, or leave it empty")
-    sys.stdout.reconfigure(errors="replace")   # a terminal that lacks a character shows a question mark
     place = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     model, tokenizer = load_run(out_dir, place)
     end_id = tokenizer.special_tokens.get("<|endoftext|>")

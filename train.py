@@ -10,21 +10,25 @@ Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into o
 per logged step), curves.svg (the losses over steps and over seconds), config.json (the constants), and the tokenizer, so that sample.py needs
 that folder only. Checkpoints are made at every evaluation, at the end, and on Ctrl-C or SIGTERM.
 """
+import os
 import time
 STARTED = time.perf_counter()  # ahead of torch, whose import takes seconds of what --max_minutes grants
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait, sleep: spinning, they made steps three times slower beside another busy process
 import csv
 import ctypes
 import html
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import sys
 import zlib
 from contextlib import nullcontext
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
 
 import numpy as np
 import torch
@@ -485,6 +489,8 @@ def check_flags(processes):
         require(globals()[name] in choices, f"--{name}={globals()[name]}: choose {' or '.join(choice or 'nothing' for choice in choices)}")
     for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         require(device != name or module.is_available(), f"--device={name}: this machine has none that this torch can use")
+    require(data_dir and out_dir, "--data_dir or --out_dir is empty: name a folder")
+    require(Path(data_dir).resolve() != Path(out_dir).resolve(), f"--out_dir={out_dir} is --data_dir too: a run wants a folder of its own")
     require(d_model % num_heads == 0, f"--num_heads={num_heads} does not divide --d_model={d_model}")
     require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
     require(batch_size % (processes * grad_accum) == 0, f"--batch_size={batch_size} sequences cannot be split evenly over {processes} processes times "
@@ -546,6 +552,7 @@ def compile_model(model, loss_of, inputs, targets):
     """Fuse the model with torch.compile for batches of this shape; or leave it, with a line of warning, where this machine cannot compile."""
     print("compiling, up to a minute the first time (--compile=False goes without) ... ", end="", flush=True)
     begin = time.perf_counter()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script at once: the compiler may swallow Python's KeyboardInterrupt
     try:
         model.compile_parts()
         loss_of(inputs, targets).backward()
@@ -676,7 +683,7 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
             loss, norm = (mean_over_processes(sums) / count).tolist()   # only here the processor waits for the device
             seconds = clock()
             val_loss = evaluate(loss_of, val_tokens, parts, place) if evaluating else 0.0
-            if not math.isfinite(loss + norm + val_loss):
+            if not loss + norm + val_loss < math.inf or loss > 10 * math.log(vocab_size):   # ten times the loss of a blind guess
                 raise RuntimeError(f"the run diverged by step {step:,}: training loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
                                    + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
         if due:
