@@ -269,7 +269,8 @@ def in_parallel(function, tasks, num_processes):
 
     No more than two results for each process wait to be fetched, so memory does not grow with the tasks. Raises RuntimeError if a worker dies.
     """
-    num_processes = num_processes or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    cores = len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    num_processes = min(num_processes or cores, 61)  # Windows waits for no more, and one parent feeds no more
     tasks = iter(tasks)
     ahead = deque(task for _, task in zip(range(2), tasks))
     if num_processes == 1 or len(ahead) < 2:  # a single task is not worth a process
@@ -292,7 +293,7 @@ def in_parallel(function, tasks, num_processes):
 # ----------------------------------------------------------------------------------------------------- 2. training
 
 def count_words(path, specials, stop, num_processes, tell):
-    """The distinct words in the first `stop` bytes of a file, each followed by one cell of -1, (cells,) int32, and their counts (W,) int64."""
+    """The distinct words in the first `stop` bytes of a file, with a cell of -1 before, between and after them, (cells,) int32; their counts (W,)."""
     special, cut = special_pattern(specials), cut_pattern(specials)
     parts, rows, longs, done = [], 0, Counter(), 0
     tasks = list(blocks(path, cut, max(map(len, specials), default=0), 0, stop))
@@ -300,19 +301,19 @@ def count_words(path, specials, stop, num_processes, tell):
         parts.append(part)
         longs.update(long)
         rows += part[1].size
-        if rows > 1 << 21:  # memory follows the distinct words: add up as soon as two million have come
+        if rows > 1 << 20:  # memory follows the distinct words: add up as soon as a million have come
             parts = [add_up(*map(np.hstack, zip(*parts)))]
             rows = -parts[0][1].size
         done += end - start
         tell("counting words", done, stop)
     words, counts = add_up(*map(np.hstack, zip(*parts)))
     lengths = (words[1] >> np.uint64(56)).astype(np.intp)
-    cells = words.T.astype("<u8").view(np.uint8).astype(np.int32)  # (D, 16)
+    cells = words.T.astype("<u8").view(np.uint8).astype(np.int16)  # (D, 16)
     cells[np.arange(len(cells)), lengths] = -1
     cells = cells[np.arange(16) <= lengths[:, None]]  # row by row, each up to its -1
-    tail = np.frombuffer(b"".join(word + b"\0" for word in longs), np.uint8).astype(np.int32)
+    tail = np.frombuffer(b"".join(word + b"\0" for word in longs), np.uint8).astype(np.int16)
     tail[np.cumsum([len(word) + 1 for word in longs], dtype=np.intp) - 1] = -1
-    return np.concatenate((cells, tail)), np.concatenate((counts, np.array(list(longs.values()), np.int64)))
+    return np.concatenate(([-1], cells, tail), dtype=np.int32), np.concatenate((counts, np.array(list(longs.values()), np.int64)))
 
 
 class Segmentation:
@@ -387,7 +388,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     specials = [token for token in specials if token not in vocab]
     target = min(vocab_size - len(specials), 256 + len(cells))  # each merge takes away a token at least: there can be no more
     merges, heap = [], []
-    text = Segmentation(np.concatenate(([-1], cells), dtype=np.int32), np.ones(target, np.intp))
+    text = Segmentation(cells, np.ones(target, np.intp))
     word = np.cumsum(text.first < 0, dtype=np.int32) - 1  # the word that each cell belongs to
     descending = [chr(255 - byte) + "\u0100" for byte in range(256)]  # strings that sort in the opposite order of the tokens' bytes
 
@@ -459,6 +460,9 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the bytes reach the disk before the name does: a power cut leaves the old file or the new one
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it could not take
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

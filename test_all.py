@@ -1340,3 +1340,70 @@ def test_what_is_wrong_is_said_in_one_line(run_folder, tmp_path):
         assert done.returncode == status and words in done.stderr and done.stderr.count(b"\n") == 1 and not done.stdout, done.stderr
     with pytest.raises(OSError, match="vocab.json"):
         sample.load_run(tmp_path / "none", "cpu")
+
+
+# ------------------------------------------------------------------------------------------- the questions about Unicode
+
+# ------------------------------------------------------------------------------------------------------- Unicode
+
+def test_chr_0_is_seen_in_its_repr_and_printed_as_itself(capsys):
+    assert repr(chr(0)) == r"'\x00'"
+    print(chr(0), end="")
+    assert capsys.readouterr().out == "\x00"  # one character goes to the terminal, which shows nothing for it
+
+
+def test_chr_0_stays_in_the_text_around_it():
+    text = "this is a test" + chr(0) + "string"
+    assert len(text) == 21 and repr(text) == r"'this is a test\x00string'" and text != "this is a teststring"
+
+
+def test_utf8_is_the_shortest_of_the_three_for_english_though_not_for_chinese():
+    sizes = {code: len("hello, 你好".encode(code)) for code in ("utf-8", "utf-16-le", "utf-32-le")}
+    assert sizes == {"utf-8": 13, "utf-16-le": 18, "utf-32-le": 36}
+    zeros = {code: "hello".encode(code).count(0) for code in ("utf-8", "utf-16-le", "utf-32-le")}
+    assert zeros == {"utf-8": 0, "utf-16-le": 5, "utf-32-le": 15}
+    assert len("你好".encode("utf-8")) == 6 > len("你好".encode("utf-16-le")) == 4
+
+
+def test_utf8_has_neither_a_byte_order_nor_its_mark():
+    assert "hello".encode("utf-16-le") != "hello".encode("utf-16-be")
+    assert "hello".encode("utf-16")[:2] in (b"\xff\xfe", b"\xfe\xff") and "hello".encode("utf-8") == b"hello"
+
+
+def decode_byte_by_byte(raw):
+    """The handout's wrong decoder: right for ASCII alone."""
+    return "".join(bytes([byte]).decode("utf-8") for byte in raw)
+
+
+def test_decoding_byte_by_byte_fails_on_the_first_character_of_two_bytes():
+    assert decode_byte_by_byte("hello".encode()) == "hello"
+    with pytest.raises(UnicodeDecodeError):
+        decode_byte_by_byte("é".encode())
+
+
+@pytest.mark.parametrize("two_bytes", [b"\xff\xff", b"\xc0\x80", b"\xe4\xbd"])
+def test_some_pairs_of_bytes_decode_to_nothing(two_bytes):
+    with pytest.raises(UnicodeDecodeError):
+        two_bytes.decode("utf-8")
+
+
+def test_most_pairs_of_bytes_with_the_upper_bit_set_decode_to_nothing():
+    def decodes(pair):
+        try:
+            return bool(pair.decode("utf-8"))
+        except UnicodeDecodeError:
+            return False
+    high = range(128, 256)
+    assert sum(decodes(bytes([a, b])) for a in high for b in high) == 30 * 64  # C2..DF, then 80..BF: U+0080 to U+07FF
+
+
+def test_every_token_is_at_least_one_byte_so_a_foreign_tokenizer_gives_at_least_one_byte_a_token(tmp_path):
+    from bpe import Tokenizer, train_bpe
+    (tmp_path / "english.txt").write_text("the cat sat on the mat and the dog sat on the cat " * 9)
+    vocab, merges = train_bpe(tmp_path / "english.txt", 280, [])
+    tokenizer = Tokenizer(vocab, merges)
+    assert min(map(len, tokenizer.vocab.values())) == 1
+    strange = "日本語のテキスト"  # nothing that it was trained on
+    assert len(tokenizer.encode(strange)) == len(strange.encode())  # exactly one byte a token: the worst that can happen
+    english = "the cat sat on the mat"
+    assert len(english) > 2 * len(tokenizer.encode(english))

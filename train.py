@@ -13,7 +13,7 @@ that folder only. Checkpoints are made at every evaluation, at the end, and on C
 import os
 import time
 STARTED = time.perf_counter()  # ahead of torch, whose import takes seconds of what --max_minutes grants
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait, sleep: spinning, they made steps three times slower beside another busy process
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: spinning, they made steps three times slower beside a busy process
 import csv
 import ctypes
 import html
@@ -134,6 +134,61 @@ def generator_of_step(seed, step):
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
+# -------------------------------------------------------------------------------------------------- many processes
+
+def local(tensor):
+    """This process's part of a tensor that --shard=True spread over the processes; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor):
+    """A sharded tensor put together from all processes; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def spread(tensor, like):
+    """A whole tensor, sharded as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def average_gradients(parameters):
+    """Replace each gradient by its mean over the processes; all of them travel as one message."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
+
+
+def largest(*numbers):
+    """Each number's maximum over the processes, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def mean_over_processes(tensor):
+    """The mean of a tensor over all processes."""
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor / dist.get_world_size()
+
+
+def shard_model(model):
+    """Spread the parameters of each block over the processes: a block is whole only while it computes (Zhao et al. 2023, FSDP)."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    for module in (*model.layers, model):
+        fully_shard(module)
+    register_fsdp_forward_method(model, "loss")
+
+
 # ------------------------------------------------------------------------------------------------------- optimisation
 
 def get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters):
@@ -144,11 +199,6 @@ def get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iter
         return min_learning_rate
     progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)
     return min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (max_learning_rate - min_learning_rate)
-
-
-def local(tensor):
-    """This process's part of a tensor that --shard=True spread over the processes; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @torch.no_grad()
@@ -249,7 +299,8 @@ def orthogonalise(matrices, dtype=torch.float32):
 class Muon(AdamW):
     """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum (Jordan et al. 2024).
 
-    Every direction that the gradients agree on gets a step of the same length, where otherwise a few large ones drown the rest. dtype: of the products.
+    Every direction that the gradients agree on gets a step of the same length, where otherwise a few large ones drown the rest.
+    dtype: of the products.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, dtype=torch.float32):
@@ -273,62 +324,12 @@ class Muon(AdamW):
 
 
 def parameter_groups(model):
-    """The model's parameters for AdamW or Muon: the blocks' matrices, the matrices at both ends, and the gains. `scale` multiplies the schedule's lr."""
+    """The parameters for AdamW or Muon: the blocks' matrices, those at both ends, and the gains. `scale` multiplies the schedule's lr."""
     inside = [p for p in model.layers.parameters() if p.dim() == 2]
     ends = [p for p in model.parameters() if p.dim() == 2 and all(p is not q for q in inside)]
     gains = [p for p in model.parameters() if p.dim() == 1]
     muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else dict(scale=1.0)
     return [dict(params=inside, **muon), dict(params=ends, scale=1.0), dict(params=gains, scale=1.0, weight_decay=0.0)]
-
-
-# -------------------------------------------------------------------------------------------------- many processes
-
-def whole(tensor):
-    """A sharded tensor put together from all processes; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def spread(tensor, like):
-    """A whole tensor, sharded as `like` is."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes; all of them travel as one message."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
-    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
-
-
-def largest(*numbers):
-    """Each number's maximum over the processes, so that all of them decide alike."""
-    if not dist.is_initialized():
-        return numbers
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return numbers.tolist()
-
-
-def mean_over_processes(tensor):
-    """The mean of a tensor over all processes."""
-    if not dist.is_initialized():
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor / dist.get_world_size()
-
-
-def shard_model(model):
-    """Spread the parameters of each block over the processes: a block is whole only while it computes (Zhao et al. 2023, FSDP)."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    for module in (*model.layers, model):
-        fully_shard(module)
-    register_fsdp_forward_method(model, "loss")
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -442,8 +443,8 @@ def draw_curves(logs, path):
         svg.append(f'<path d="M{x} {y - 4}h24" stroke="{colour}" stroke-width="3"/>')
         text(x + 30, y, name if len(name) < 30 else "..." + name[-27:], "start")
     with replacing(path) as temporary:
-        temporary.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + height + 60}" font-family="sans-serif" font-size="12">'
-                             '<style>.grid{stroke:#ddd}</style><rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n",
+        temporary.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + height + 60}" '
+                             'font-family="sans-serif" font-size="12"><style>.grid{stroke:#ddd}</style><rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n",
                              encoding="utf-8")
 
 
@@ -493,8 +494,8 @@ def check_flags(processes):
     require(Path(data_dir).resolve() != Path(out_dir).resolve(), f"--out_dir={out_dir} is --data_dir too: a run wants a folder of its own")
     require(d_model % num_heads == 0, f"--num_heads={num_heads} does not divide --d_model={d_model}")
     require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
-    require(batch_size % (processes * grad_accum) == 0, f"--batch_size={batch_size} sequences cannot be split evenly over {processes} processes times "
-                                                        f"--grad_accum={grad_accum} parts")
+    require(batch_size % (processes * grad_accum) == 0,
+            f"--batch_size={batch_size} sequences cannot be split evenly over {processes} processes times --grad_accum={grad_accum} parts")
     require(not shard or processes > 1, "--shard=True spreads one model over several processes: start them with torchrun")
 
 
@@ -687,13 +688,14 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
                 raise RuntimeError(f"the run diverged by step {step:,}: training loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
                                    + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
         if due:
-            speed, left = (step - row_step) * batch_size * context_length / (seconds - row_end), (seconds - row_end) / (step - row_step) * (horizon - step)
+            pace = (seconds - row_end) / (step - row_step)   # seconds a step
+            tokens, speed = step * batch_size * context_length, batch_size * context_length / pace
             if rank == 0:
                 with open(log, "a", encoding="utf-8") as file:
-                    file.write(f"{step},{step * batch_size * context_length},{seconds:.2f},{rate:.6g},{loss:.6f},"
-                               f"{f'{val_loss:.6f}' * evaluating},{norm:.6f},{speed:.1f}\n")
-            print(f"step {step:,} of {'about ' * (max_minutes > 0)}{horizon:,.0f}: loss {loss:.3f}{f', validation {val_loss:.3f}' * evaluating}, lr {rate:.1e}, "
-                  f"norm {norm:.2f}, {speed:,.0f} tokens/s{f' ({speed * flops_per_token / peak:.0%} MFU)' if peak else ''}, {duration(left)} left", flush=True)
+                    file.write(f"{step},{tokens},{seconds:.2f},{rate:.6g},{loss:.6f},{f'{val_loss:.6f}' * evaluating},{norm:.6f},{speed:.1f}\n")
+            print(f"step {step:,} of {'about ' * (max_minutes > 0)}{horizon:,.0f}: loss {loss:.3f}{f', validation {val_loss:.3f}' * evaluating}, "
+                  f"lr {rate:.1e}, norm {norm:.2f}, {speed:,.0f} tokens/s{f' ({speed * flops_per_token / peak:.0%} MFU)' if peak else ''}, "
+                  f"{duration(pace * (horizon - step))} left", flush=True)
             sums.zero_()
             count, row_step = 0, step
         if evaluating or stop:
@@ -707,7 +709,7 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
         if stop:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
             sys.exit(128 + int(stop))
-    print(f"{step * batch_size * context_length:,} tokens in {duration(clock())}: validation loss {val_loss:.4f}, perplexity {perplexity(val_loss):.1f}; "
+    print(f"{tokens:,} tokens in {duration(clock())}: validation loss {val_loss:.4f}, perplexity {perplexity(val_loss):.1f}; "
           f"{Path(out_dir) / 'curves.svg'} shows the way")
 
 
