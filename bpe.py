@@ -56,6 +56,7 @@ num_processes = 0                  # worker processes; 0: one for each core
 # GPT-2's pre-tokens: a contraction's tail; or letters, digits or other signs, with the blank before them; or white space, which leaves its
 # last character to the token that follows.
 PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"
 END = "<|endoftext|>"              # ends each document of the default corpus
 CACHE = 1 << 18                    # words whose token ids a tokenizer remembers, 40 MB or so
 SLOT_BITS = 18                     # 2**18 words more, packed into numbers, 9 MB
@@ -65,6 +66,14 @@ SLICE = 1 << 19                    # bytes of text in one pass of the array code
 
 
 # --------------------------------------------------------------------------------------------- 1. pre-tokenisation
+
+def utf8(text):
+    """The UTF-8 bytes of a str. Surrogates, which have none, count as U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+
 
 SPACE, LETTER, DIGIT, OTHER, SPECIAL = range(5)  # the kinds of character that the pattern tells apart, and those of a special token
 
@@ -406,7 +415,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
 
     # Once a pair has come into being its count can only fall. So a count on the heap is an upper bound that is made true when it comes to the
     # top, instead of after every merge that takes a place away; and rare pairs, the great majority, need no watching until the frequent ones
-    # are used up. Together that is two and a half times as fast as keeping all counts.
+    # are used up: leaving them out makes 10,000 merges 1.7 times as fast.
     while len(vocab) < target:
         if not heap:
             floor = watch(*text.pairs(), 0)
@@ -430,14 +439,6 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
 
 
 # ------------------------------------------------------------------------------------------ 3. encoding and decoding
-
-def utf8(text):
-    """The UTF-8 bytes of a str. Surrogates, which have none, count as U+FFFD."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
-
 
 # GPT-2 writes a byte as one visible character: itself where it is one in Latin-1, else the next of U+0100, U+0101 and so on (a blank is U+0120).
 VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -470,8 +471,8 @@ def replacing(path):
 class WordTable:
     """The token ids of short words, looked up for many words at once: a cache in arrays, of fixed size.
 
-    A word stands in the one slot that its hash names, or nowhere; its ids lie in a pool that all words share. A million look-ups take 20 ms,
-    in a dict of bytes objects ten times as long.
+    A word stands in the one slot that its hash names, or nowhere; its ids lie in a pool that all words share. With this table one core encodes
+    text of known words at 80 MB/s, with a dict of bytes objects at 41.
     """
 
     def __init__(self, dtype):
@@ -632,7 +633,7 @@ class Tokenizer:
     def merge_words(self, words):
         """The token ids of short words, as bytes each: in every round, the pair of lowest rank of every word is merged.
 
-        Word by word in plain Python this takes 10 microseconds a word, so it takes 2.
+        Word by word in plain Python this takes 10 microseconds a word, so it takes 3.
         """
         lengths = np.array([len(word) for word in words], np.intp)
         width = lengths.max(initial=0)
@@ -789,7 +790,7 @@ def parse_value(name, text, default):
             return value
     except (KeyError, ValueError):
         pass
-    wanted = {bool: "True or False", int: "a whole number below 2**63", float: "a finite number"}[type(default)]
+    wanted = {bool: "True or False", int: "a whole number below 2**63", float: "a finite number below 2**63"}[type(default)]
     raise UsageError(f"--{name}={text!r}: wants {wanted}, as in --{name}={default}")
 
 
@@ -803,7 +804,7 @@ def configure(constants, arguments=None):
     flags = flags_of(constants["__file__"])
     if "--help" in arguments or "-h" in arguments:
         width = max(len(f"--{name}={default}") for name, (default, _) in flags.items())
-        print(constants["__doc__"].strip(), "\n\nFlags, with their defaults:", sep="")
+        print((constants["__doc__"] or "").strip(), "\n\nFlags, with their defaults:", sep="")
         print("\n".join(f"  {f'--{name}={default}':<{width}}  {comment}" for name, (default, comment) in flags.items()))
         sys.exit(0)
     given = {}
@@ -942,6 +943,8 @@ def main():
             raise FileNotFoundError(f"--{name}={path!r} is {'a folder' if os.path.isdir(path) else 'not there'}: wants a text file")
         if path and not os.path.getsize(path):
             raise ValueError(f"--{name}={path!r} is empty")
+        require(not path or Path(path).resolve().parent != Path(data_dir).resolve() or Path(path).name not in OUTPUTS,
+                f"--{name}={path!r} is a file that this run would replace: choose another --data_dir")
     require(data_dir, "--data_dir is empty: name a folder")
     require(num_processes >= 0, f"--num_processes={num_processes}: wants 0, for one for each core, or more")
     specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))

@@ -86,7 +86,7 @@ class StreamedLinear(nn.Module):
         self.weight = weight.detach().unflatten(0, (blocks, -1)).transpose(1, 2).contiguous()   # (blocks, in_features, out_features / blocks)
 
     def forward(self, x):
-        y = x.reshape(1, -1, x.size(-1)) @ self.weight   # (blocks, vectors, out_features / blocks)
+        y = torch.bmm(x.reshape(1, -1, x.size(-1)).expand(self.weight.size(0), -1, -1), self.weight)   # (blocks, vectors, out_features / blocks)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 

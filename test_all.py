@@ -1407,3 +1407,227 @@ def test_every_token_is_at_least_one_byte_so_a_foreign_tokenizer_gives_at_least_
     assert len(tokenizer.encode(strange)) == len(strange.encode())  # exactly one byte a token: the worst that can happen
     english = "the cat sat on the mat"
     assert len(english) > 2 * len(tokenizer.encode(english))
+
+
+# ----------------------------------------------------------------------------------------------------- the hostile world
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+FILES = ("vocab.json", "merges.txt", "train.bin", "val.bin")
+
+
+def start(*words, script="bpe.py", **how):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+
+
+def finish(*words, **how):
+    """Run a script to its end: status, standard output, standard error."""
+    process = start(*words, **how)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def members(session):
+    """The living processes of a session (a process started with start_new_session, and all that came from it), by /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, sid = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(sid) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def all_gone(session, seconds=2):
+    end = time.monotonic() + seconds
+    while members(session) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not members(session)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Nine megabytes of a few thousand words: enough for two worker processes."""
+    path, rng = tmp_path_factory.mktemp("text") / "text.txt", random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(3000)]
+    lines = [" ".join(rng.choices(words, k=12)) + "<|endoftext|>\n" * (i % 9 == 0) for i in range(1000)]
+    path.write_text("\n".join(rng.choices(lines, k=130_000)))
+    assert os.path.getsize(path) > 1.05 * bpe.BLOCK
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """The files that bpe.py makes of the text with two vocabularies: {vocab_size: {name: content}}, and the seconds that takes."""
+    made, begin = {}, time.monotonic()
+    for size in (300, 900):
+        folder = tmp_path_factory.mktemp("finished")
+        assert finish(f"--data={text}", f"--data_dir={folder}", f"--vocab_size={size}", "--num_processes=2")[0] == 0
+        assert {path.name for path in folder.iterdir()} == {*FILES, ".lock"}
+        made[size] = {name: (folder / name).read_bytes() for name in FILES}
+    return made, (time.monotonic() - begin) / 2
+
+
+@linux
+def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next_run_clears_up(text, finished, tmp_path):
+    (made, seconds), rng = finished, random.Random(1)
+    for i in range(5):
+        process = start(f"--data={text}", f"--data_dir={tmp_path}", f"--vocab_size={(300, 900)[i % 2]}", "--num_processes=2", start_new_session=True)
+        time.sleep(rng.uniform(0.2, 1) * seconds)
+        process.kill()
+        process.wait()
+        assert all_gone(process.pid)
+        process.communicate()
+        for name in FILES:
+            assert not (tmp_path / name).exists() or (tmp_path / name).read_bytes() in [made[size][name] for size in made]
+    assert finish(f"--data={text}", f"--data_dir={tmp_path}", "--vocab_size=300", "--num_processes=2")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, ".lock"}
+    assert all((tmp_path / name).read_bytes() == made[300][name] for name in FILES)
+
+
+def once_working(process):
+    """Wait until the workers of a bpe.py are there, and return their process ids."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end and process.poll() is None:
+        workers = [pid for pid in members(process.pid) if pid != process.pid]
+        if len(workers) == 2:
+            return workers
+        time.sleep(0.005)
+    raise AssertionError("no workers came")
+
+
+@linux
+def test_a_killed_worker_ends_the_command_with_one_line_and_status_1(text, tmp_path):
+    process = start(f"--data={text}", f"--data_dir={tmp_path}", "--num_processes=2", start_new_session=True)
+    os.kill(once_working(process)[0], signal.SIGKILL)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == 1 and err.count("\n") == 1 and "a worker process died" in err
+    assert all_gone(process.pid) and {path.name for path in tmp_path.iterdir()} == {".lock"}
+
+
+@linux
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_ctrl_c_ends_bpe_py_within_two_seconds_without_a_traceback_or_orphans(text, tmp_path, whole_group):
+    process = start(f"--data={text}", f"--data_dir={tmp_path}", "--num_processes=2", start_new_session=True)
+    once_working(process)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    begin = time.monotonic()
+    err = process.communicate(timeout=20)[1]
+    assert time.monotonic() - begin < 2 and process.returncode == 130 and err == "bpe.py: interrupted\n"
+    assert all_gone(process.pid) and {path.name for path in tmp_path.iterdir()} == {".lock"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("script", ["bpe.py", "sample.py"])
+def test_ctrl_c_while_packages_load_leaves_no_traceback(script, tmp_path):
+    process = start("--data_dir" if script == "bpe.py" else "--out_dir", tmp_path / "none", script=script)
+    time.sleep(0.12)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=20)[1]
+
+
+@linux
+def test_a_full_disk_is_said_by_file_and_leaves_the_old_files(tmp_path):
+    import resource
+    text, folder = tmp_path / "text.txt", tmp_path / "data"
+    text.write_text("one two three four five six seven eight nine ten\n" * 3000)
+    words = f"--data={text}", f"--data_dir={folder}", "--vocab_size=257"
+    assert finish(*words)[0] == 0
+    before = {name: (folder / name).read_bytes() for name in FILES}
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # so that the write fails, as on a full disk, instead of ending the process
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    status, _, err = finish(*words[:2], "--vocab_size=258", preexec_fn=limit)
+    assert status == 1 and err.count("\n") == 1 and "train.bin" in err and "too large" in err
+    assert {name: (folder / name).read_bytes() for name in FILES} == before and len([*folder.iterdir()]) == 5
+
+
+@linux
+def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path):
+    first = start(f"--data={text}", f"--data_dir={tmp_path}", "--num_processes=2", start_new_session=True)
+    once_working(first)
+    status, _, err = finish(f"--data={text}", f"--data_dir={tmp_path}")
+    assert status == 1 and err.count("\n") == 1 and "another run" in err
+    first.communicate(timeout=60)
+    assert first.returncode == 0 and {path.name for path in tmp_path.iterdir()} == {*FILES, ".lock"}
+
+
+@pytest.mark.parametrize("words, status, complaint", [
+    ("--vocab_size=256", 2, "--vocab_size=256: wants 257"), ("--vocab_size=1e3", 2, "a whole number"), ("--vocab_size=", 2, "a whole number"),
+    ("--vocab_size=300 --vocab_size=300", 2, "twice"), ("--num_processes=-1", 2, "--num_processes=-1"), ("--data_dir=", 2, "--data_dir"),
+    ("--vocabsize=300", 2, "nearest is --vocab_size"), ("--data", 2, "wants a value"), ("stray", 2, "'stray' is no flag"),
+    ("--data=nowhere.txt", 1, "is not there"), ("--data=.", 1, "is a folder"), ("--val_data=nowhere.txt", 1, "--val_data"),
+    ("--tokenizer_dir=nowhere", 1, "nowhere")])
+def test_bad_flags_of_bpe_py_are_refused_by_name_in_one_line(tmp_path, monkeypatch, capsys, words, status, complaint):
+    (tmp_path / "text.txt").write_text("some words to learn " * 50)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bpe.py", *words.split()])
+    for name, value in dict(data="text.txt").items():
+        monkeypatch.setattr(bpe, name, value)
+    for name in bpe.flags_of(ROOT / "bpe.py"):   # so that what configure sets is taken back
+        monkeypatch.setattr(bpe, name, getattr(bpe, name))
+    with pytest.raises(SystemExit) as end, bpe.one_line_errors():
+        bpe.configure(vars(bpe))
+        bpe.main()
+    err = capsys.readouterr().err
+    assert end.value.code == status and err.count("\n") == 1 and complaint in err
+    assert not any((tmp_path / "data" / name).exists() for name in FILES)
+
+
+def test_odd_names_a_c_locale_and_no_home_cost_nothing(tmp_path):
+    folder = tmp_path / "a 'b\"\n\u00e9 %d{x}"
+    folder.mkdir()
+    (folder / "t \\n.txt").write_text("one two three \u4e2d\u56fd " * 500, encoding="utf-8")
+    bare = {"LC_ALL": "C", "HOME": "/nonexistent", "PYTHONIOENCODING": "ascii", "COLUMNS": "40", "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
+    status, out, err = finish(f"--data={folder / 't '}\\n.txt", f"--data_dir={folder}", "--vocab_size=270", "--special_tokens=\u4e2d\u56fd", env=bare)
+    assert status == 0 and not err and "??" in out   # the terminal lacks the characters, the files have them
+    assert "\u4e2d\u56fd" in (folder / "vocab.json").read_text(encoding="utf-8")
+
+
+def test_processes_may_be_spawned_instead_of_forked(tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 1500)
+    (tmp_path / "driver.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                                        "import multiprocessing\nimport bpe\n\n"
+                                        "if __name__ == '__main__':\n"
+                                        "    multiprocessing.set_start_method('spawn')\n    bpe.BLOCK = 1 << 14\n"
+                                        "    tokenizer = bpe.Tokenizer(*bpe.train_bpe('text.txt', 280, ['<|endoftext|>'], 2), ['<|endoftext|>'])\n"
+                                        "    print(tokenizer.merges, tokenizer.encode_file('text.txt', 'ids.bin', 2))\n")
+    done = subprocess.run([sys.executable, "driver.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    tokenizer = Tokenizer(*train_bpe(tmp_path / "text.txt", 280, ["<|endoftext|>"], 1), ["<|endoftext|>"])
+    assert done.stdout == f"{tokenizer.merges} {len(tokenizer.encode((tmp_path / 'text.txt').read_text()))}\n", done.stderr
+
+
+def test_a_megabyte_without_white_space_trains_and_encodes(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_bytes(random.Random(2).randbytes(500_000).hex().encode())
+    vocab, merges = train_bpe(path, 300, [], 1)
+    tokenizer = Tokenizer(vocab, merges)
+    assert tokenizer.encode_file(path, tmp_path / "ids.bin", 1) * 2 == os.path.getsize(tmp_path / "ids.bin")
+    assert tokenizer.decode(tokenizer.encode(path.read_text())) == path.read_text()
+
+
+def test_a_text_of_special_tokens_only_and_a_thousand_special_tokens(tmp_path):
+    path, specials = tmp_path / "text.txt", [f"<|{i}|>" for i in range(1000)]
+    path.write_text("".join(specials))
+    vocab, merges = train_bpe(path, 2000, specials, 1)
+    assert len(vocab) == 1256 and not merges
+    tokenizer = Tokenizer(vocab, merges, specials)
+    assert tokenizer.encode(path.read_text() + "<|7") == [*range(256, 1256), *b"<|7"]
+
+
+def test_a_vocabulary_far_larger_than_the_text_ends_where_pairs_do(tmp_path):
+    (tmp_path / "text.txt").write_text("low low lower")
+    vocab, merges = train_bpe(tmp_path / "text.txt", 10 ** 12, ["<|endoftext|>"], 1)
+    assert len(vocab) == 257 + len(merges) and vocab[len(vocab) - 2] == b" lower"
+
+
+def test_a_full_cache_of_words_changes_no_id(monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat in the hat that sat")
+    learnt, pieces = train_bpe(tmp_path / "text.txt", 270, [], 1), [f"the cat {i} sat in the {i * 7}hat" for i in range(200)]
+    roomy = Tokenizer(*learnt)
+    expected = [roomy.encode(piece) for piece in pieces]
+    monkeypatch.setattr(bpe, "CACHE", 20)
+    narrow = Tokenizer(*learnt)
+    assert [narrow.encode(piece) for piece in pieces] == expected and len(narrow.cache) <= 20 < len(roomy.cache)

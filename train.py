@@ -13,7 +13,7 @@ that folder only. Checkpoints are made at every evaluation, at the end, and on C
 import os
 import time
 STARTED = time.perf_counter()  # ahead of torch, whose import takes seconds of what --max_minutes grants
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: spinning, they made steps three times slower beside a busy process
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, for 5 % of a step: spinning triples it beside another busy process
 import csv
 import ctypes
 import html
@@ -631,6 +631,7 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
     done, earlier, sums, count = 0, 0.0, torch.zeros(2, device=place), 0   # loss and gradient norm, summed over the `count` steps since the last row
     if resume and checkpoint.exists():
         saved = read_checkpoint(checkpoint)
+        require({"config", "data", "seconds", "sums", "count"} <= saved.keys(), f"--resume=True: {checkpoint} holds weights, but no run to continue")
         check_same_run(saved, config, data)
         done, earlier, sums, count = load_checkpoint(saved, model, rule), saved["seconds"], saved["sums"].to(place), saved["count"]
         print(f"{checkpoint} stands at step {done:,}")
