@@ -149,8 +149,9 @@ def cut_pattern(specials):
     No pre-token holds white space after anything else. A special token may: no cut goes through what could be one.
     """
     wide = [chr(point).encode() for point in np.flatnonzero(kind_of_code_point() == SPACE).tolist() if point > 127]
-    inside = {(token[:i], token[i:]) for token in specials for i in range(1, len(token)) if token[i:i + 1].isspace()}
-    return re.compile(rb"(?<=\S)" + b"".join(b"(?<!%s)" % space for space in wide) + rb"(?=\s)"
+    inside = {(token[:i + 1], token[i + 1:]) for token in specials for i in range(1, len(token)) if token[i:i + 1].isspace()}
+    # The white space comes first, for the engine skips to it quickly; what must stand around it is looked at afterwards.
+    return re.compile(rb"\s(?<=\S\s)" + b"".join(rb"(?<!%s\s)" % space for space in wide)
                       + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail)) for head, tail in sorted(inside)))
 
 
