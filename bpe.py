@@ -61,7 +61,7 @@ END = "<|endoftext|>"              # ends each document of the default corpus
 CACHE = 1 << 18                    # words whose token ids a tokenizer remembers, 40 MB or so
 SLOT_BITS = 18                     # 2**18 words more, packed into numbers, 9 MB
 NEVER = 2 ** 31 - 1                # the rank of a pair that no merge joins
-BLOCK = 1 << 23                    # bytes of text that a worker process takes at a time
+BLOCK = 1 << 22                    # bytes of text that a worker process takes at a time
 SLICE = 1 << 19                    # bytes of text in one pass of the array code: its arrays then fit the cache, twice as fast as 4 MB
 
 

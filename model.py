@@ -38,7 +38,6 @@ peak_tflops = 19.5          # the device's peak, TFLOP/s: an A100 in float32
 mfu = 0.5                   # model FLOPs utilisation, the share of the peak that training reaches
 
 
-
 # ---------------------------------------------------------------------------------------------------- building blocks
 # Shapes: B batch, T sequence, D d_model, H heads, d_k = D / H, V vocabulary; ... any leading dimensions.
 
@@ -346,7 +345,6 @@ def read_checkpoint(src):
 
 # ------------------------------------------------------------------------------------------------ resource accounting
 # Counted on models of the "meta" device, whose tensors have shapes but no memory. Handout, sections 3.6 (FLOPs) and 4.3 (AdamW).
-
 
 COMPONENTS = {"token embeddings": "token_embeddings", "projections": "_proj", "attention core": "attn", "FFN": "ffn", "RMSNorm": "ln", "LM head": "lm_head"}
 GPT2 = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "XL": (48, 1600, 25)}   # layers, d_model, heads
