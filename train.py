@@ -726,7 +726,10 @@ def main():
     with only_run_in(out_dir) if rank == 0 else nullcontext():
         train(config, *data, rank, processes)
     if processes > 1:
+        dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
 
 
 if __name__ == "__main__":
