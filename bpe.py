@@ -270,6 +270,19 @@ def start_worker(function):
     threading.Thread(target=lambda: multiprocessing.connection.wait([parent]) and os._exit(1), daemon=True).start()
 
 
+@contextmanager
+def ctrl_c_held_back():
+    """Deliver Ctrl-C only after the block: a process that starts inside it inherits this, and is not caught half made."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_task(task):
     return task_of_worker(task)
 
@@ -289,9 +302,11 @@ def in_parallel(function, tasks, num_processes):
         return
     try:
         with ProcessPoolExecutor(num_processes, initializer=start_worker, initargs=(function,)) as pool:
-            waiting = deque(pool.submit(run_task, task) for task in ahead)
+            with ctrl_c_held_back():
+                waiting = deque(pool.submit(run_task, task) for task in ahead)
             for task in tasks:
-                waiting.append(pool.submit(run_task, task))
+                with ctrl_c_held_back():
+                    waiting.append(pool.submit(run_task, task))
                 if len(waiting) > 2 * num_processes:
                     yield waiting.popleft().result()
             while waiting:
