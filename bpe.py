@@ -16,7 +16,6 @@ All three work on numpy arrays, many places at a time. The plain loops that they
 other there. Needs numpy and regex; imports neither torch nor another file of this project.
 """
 import ast
-import bisect
 import difflib
 import heapq
 import io
@@ -288,22 +287,18 @@ def run_task(task):
 
 
 def in_parallel(function, tasks, num_processes):
-    """Yield function(task) of each task, in the tasks' order, computed by num_processes (0: one for each core; 1: this one).
+    """Yield function(task) of each task of a list, in its order, computed by num_processes (0: one for each core; 1: this one).
 
     No more than two results for each process wait to be fetched, so memory does not grow with the tasks. Raises RuntimeError if a worker dies.
     """
     cores = len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-    num_processes = min(num_processes or cores, 61)  # Windows waits for no more, and one parent feeds no more
-    tasks = iter(tasks)
-    ahead = deque(task for _, task in zip(range(2), tasks))
-    if num_processes == 1 or len(ahead) < 2:  # a single task is not worth a process
-        yield from map(function, ahead)
+    num_processes = min(num_processes or cores, len(tasks), 61)  # Windows waits for no more, and one parent feeds no more
+    if num_processes < 2:
         yield from map(function, tasks)
         return
     try:
         with ProcessPoolExecutor(num_processes, initializer=start_worker, initargs=(function,)) as pool:
-            with ctrl_c_held_back():
-                waiting = deque(pool.submit(run_task, task) for task in ahead)
+            waiting = deque()
             for task in tasks:
                 with ctrl_c_held_back():
                     waiting.append(pool.submit(run_task, task))
@@ -565,8 +560,8 @@ class Tokenizer:
             raise ValueError(f"{len(self.pairs) - len(set(self.pairs))} merges stand twice")
         left, right, self.merged = np.array(self.pairs, np.int64).reshape(-1, 3).T
         keys = np.append(left << 32 | right, 2 ** 63 - 1)  # a last one that no pair has: looking up never falls off the end
-        self.ranks = np.append(np.arange(len(self.pairs)), NEVER)[np.argsort(keys)]
-        self.keys = np.sort(keys)
+        order = np.argsort(keys)
+        self.keys, self.ranks = keys[order], np.append(np.arange(len(self.pairs)), NEVER)[order]
         self.rank_of_bytes = self.rank(self.byte_ids[:, None] << 32 | self.byte_ids).astype(np.int32)  # (256, 256)
         self.lengths = np.array([len(self.vocab[number]) for number in range(len(self.vocab))])
         self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
@@ -582,8 +577,11 @@ class Tokenizer:
         return np.where(self.keys[found] == pairs, self.ranks[found], NEVER)
 
     @classmethod
-    def from_files(cls, vocab_filepath, merges_filepath, special_tokens=None):
-        """Load vocab.json and merges.txt as save, Hugging Face or GPT-2 wrote them. Raises ValueError, naming the file, if they are broken."""
+    def from_files(cls, vocab_filepath, merges_filepath, special_tokens=None, every_special=False):
+        """Load vocab.json and merges.txt as save, Hugging Face or GPT-2 wrote them. Raises ValueError, naming the file, if they are broken.
+
+        every_special: treat as special, too, every token that is neither a byte nor made by a merge.
+        """
         try:
             pairs = json.loads(Path(vocab_filepath).read_text(encoding="utf-8"), object_pairs_hook=list)
             table = {text: number for text, number in pairs if isinstance(text, str) and type(number) is int}
@@ -595,28 +593,26 @@ class Tokenizer:
             lines = Path(merges_filepath).read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{merges_filepath} is not UTF-8: {error}") from None
-        merges, made = [], set(CHARACTER)
+        merges, made, allowed = [], set(CHARACTER), {*CHARACTER, " "}
         for number, line in enumerate(lines, 1):
             if line.strip() and not (number == 1 and line.startswith("#version")):
                 parts = line.rstrip("\r").split(" ")
-                if len(parts) != 2 or not set(line.rstrip("\r")) <= {*CHARACTER, " "}:
+                if len(parts) != 2 or not allowed.issuperset(line.rstrip("\r")):
                     raise ValueError(f"{merges_filepath}, line {number}: {line!r} is not two tokens with a blank between them")
-                merges.append(tuple(bytes(part.translate(BYTE).encode("latin-1")) for part in parts))
+                merges.append(tuple(part.translate(BYTE).encode("latin-1") for part in parts))
                 made.add("".join(parts))
         # What is neither a byte nor made by a merge is a special token, and stands in the file as it is.
         vocab = {number: text.translate(BYTE).encode("latin-1") if text in made else utf8(text) for text, number in table.items()}
+        specials = [text for text in table if text not in made] if every_special else []
         try:
-            return cls(vocab, merges, special_tokens)
+            return cls(vocab, merges, [*(special_tokens or ()), *specials])
         except ValueError as error:
             raise ValueError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
 
     @classmethod
     def from_folder(cls, folder):
         """Load a folder's vocab.json and merges.txt, and treat as special every token that is neither a byte nor made by a merge."""
-        tokenizer = cls.from_files(Path(folder) / "vocab.json", Path(folder) / "merges.txt")
-        ordinary = {left + right for left, right in tokenizer.merges}
-        specials = [token.decode() for token in tokenizer.vocab.values() if len(token) > 1 and token not in ordinary]
-        return cls(tokenizer.vocab, tokenizer.merges, specials)
+        return cls.from_files(Path(folder) / "vocab.json", Path(folder) / "merges.txt", every_special=True)
 
     def save(self, folder):
         """Write vocab.json and merges.txt into a folder, in GPT-2's format; each file is replaced as a whole."""

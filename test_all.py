@@ -10,7 +10,6 @@ import math
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bpe
 import model as m
-import model
 import sample
 import train
 from bpe import Tokenizer, train_bpe
@@ -642,7 +640,7 @@ def test_adamw_memory_largest_batch_and_days_of_gpt2_xl():
 @pytest.mark.parametrize("switches", [{}, dict(swiglu=False), dict(tie_embeddings=True), dict(rms_norm=False), dict(post_norm=True)])
 def test_the_accounting_counts_what_a_real_model_has_and_does(switches, monkeypatch):
     # The handout counts attention over all T x T scores: the plain definition, not the form that leaves out most of those above the diagonal.
-    monkeypatch.setattr(model, "causal_attention", lambda q, k, v: model.scaled_dot_product_attention(q, k, v, torch.ones(32, 32).tril() > 0))
+    monkeypatch.setattr(m, "causal_attention", lambda q, k, v: m.scaled_dot_product_attention(q, k, v, torch.ones(32, 32).tril() > 0))
     real = TransformerLM(61, 32, 3, 48, 4, 80, rope=False, **switches)   # RoPE turns pairs: no matrix product by its definition
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         real(torch.randint(61, (1, 32)))
