@@ -143,15 +143,16 @@ def special_pattern(specials):
 
 
 def cut_pattern(specials):
-    """The compiled pattern of the places where UTF-8 can be cut without changing a token: before white space that follows none.
+    """The compiled pattern of the places where UTF-8 can be cut without changing a token: it matches the character after the cut.
 
-    No pre-token holds white space after anything else. A special token may: no cut goes through what could be one.
+    No pre-token holds white space after anything else, nor another sign after an ASCII letter or digit. A special token may: no cut goes
+    through what could be one.
     """
     wide = [chr(point).encode() for point in np.flatnonzero(kind_of_code_point() == SPACE).tolist() if point > 127]
-    inside = {(token[:i + 1], token[i + 1:]) for token in specials for i in range(1, len(token)) if token[i:i + 1].isspace()}
-    # The white space comes first, for the engine skips to it quickly; what must stand around it is looked at afterwards.
-    return re.compile(rb"\s(?<=\S\s)" + b"".join(rb"(?<!%s\s)" % space for space in wide)
-                      + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail)) for head, tail in sorted(inside)))
+    # The character comes first, for the engine skips to it quickly; what must stand before it is looked at afterwards.
+    between = rb"[\s!-~](?:(?<=\S\s)" + b"".join(rb"(?<!%s\s)" % space for space in wide) + rb"|(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s]))"
+    inside = {(token[:match.end()], token[match.end():]) for token in specials for match in re.finditer(between, token)}
+    return re.compile(between + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail)) for head, tail in sorted(inside)))
 
 
 def slices(text, cut):
@@ -620,7 +621,8 @@ class Tokenizer:
         ordinary = {bytes([byte]) for byte in range(256)} | {left + right for left, right in self.merges}
         table = {shown(token) if token in ordinary else token.decode(): number for number, token in sorted(self.vocab.items())}
         if len(table) < len(self.vocab):
-            raise ValueError("a special token reads like the visible form of another token: choose one with a character that has no such form")
+            clash = next(token.decode() for token in self.vocab.values() if token not in ordinary and token.decode() in map(shown, ordinary))
+            raise ValueError(f"the special token {clash!r} is how vocab.json writes an ordinary token: choose another")
         lines = "".join(f"{shown(left)} {shown(right)}\n" for left, right in self.merges)
         with replacing(Path(folder) / "vocab.json") as vocab_json, replacing(Path(folder) / "merges.txt") as merges_txt:
             vocab_json.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
@@ -925,7 +927,7 @@ def standard_library(path):
 
 
 def start_of_held_out(path, specials):
-    """Where the last documents of a file begin, a twentieth of it but 10 MB at most: after a special token, or at white space where there is none."""
+    """Where the last documents of a file begin, a twentieth of it but 10 MB at most: after a special token, or where there is none between two words."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.seek(size - min(size // 20, 10_000_000))
@@ -960,11 +962,16 @@ def main():
     require(data_dir, "--data_dir is empty: name a folder")
     require(num_processes >= 0, f"--num_processes={num_processes}: wants 0, for one for each core, or more")
     specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))
+    for token in specials:
+        require(len(token) > 1 or token.isascii() or token not in CHARACTER,
+                f"--special_tokens: {token!r} is how vocab.json writes a byte of ordinary text: choose another")
     require(vocab_size >= 256 + len(specials),
             f"--vocab_size={vocab_size}: wants {256 + len(specials)} at least, for 256 bytes and {len(specials)} special tokens")
     folder, report, began = Path(data_dir), Report(), time.perf_counter()
 
     with only_run_in(folder):
+        for name in (*OUTPUTS, "stdlib.txt"):
+            (folder / f"{name}.tmp").unlink(missing_ok=True)  # what a killed run may have left
         text = Path(data or folder / "stdlib.txt")
         if not data:
             standard_library(text)

@@ -11,7 +11,8 @@ import os
 import re
 import signal
 import sys
-import zipfile
+import zlib
+from contextlib import nullcontext
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
@@ -321,26 +322,29 @@ class TransformerLM(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
+CRC_OF_WHOLE = 0x2144DF1C   # the CRC-32 of any bytes with their own CRC-32 behind them: so ends a checkpoint
+
+
 def read_checkpoint(src):
     """What train.py's save_checkpoint wrote to a path or binary file object, as a dict of tensors and plain values on the CPU.
 
-    Raises ValueError unless the file is whole. No code from the file is run.
+    Raises ValueError unless the file is whole, to the last bit. No code from the file is run.
     """
-    name = src if isinstance(src, (str, os.PathLike)) else getattr(src, "name", "the checkpoint")
-    try:
-        damaged = zipfile.ZipFile(src).testzip()  # torch.save writes a zip file with check sums, which torch.load would not look at
-        if damaged:
-            raise ValueError(damaged)
-        if hasattr(src, "seek"):
-            src.seek(0)
-        saved = torch.load(src, map_location="cpu", weights_only=True)
-        if not {"model", "optimizer", "iteration"} <= saved.keys():
-            raise ValueError
-        return saved
-    except OSError:
-        raise
-    except Exception:  # zipfile, torch and pickle each have their own ways to say that
-        raise ValueError(f"{name} is damaged, or is no checkpoint of train.py") from None
+    by_path = isinstance(src, (str, os.PathLike))
+    with open(src, "rb") if by_path else nullcontext(src) as file:
+        begin, total = file.tell(), 0
+        while part := file.read(1 << 20):
+            total = zlib.crc32(part, total)
+        try:
+            if total != CRC_OF_WHOLE:
+                raise ValueError(total)
+            file.seek(begin)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if not {"model", "optimizer", "iteration"} <= saved.keys():
+                raise ValueError(saved.keys())
+        except Exception:  # torch and pickle have many ways to say that
+            raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, or is no checkpoint of train.py") from None
+    return saved
 
 
 # ------------------------------------------------------------------------------------------------ resource accounting

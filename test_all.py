@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -925,20 +926,19 @@ def test_a_checkpoint_that_is_cut_flipped_or_foreign_is_refused_in_one_line(tmp_
     model, rule = trained_run()
     save_checkpoint(model, rule, 1, tmp_path / "good.pt")
     good, bad, rng = (tmp_path / "good.pt").read_bytes(), tmp_path / "bad.pt", np.random.default_rng(0)
-    expected, refused = read_checkpoint(tmp_path / "good.pt"), 0
     for cut in rng.integers(0, len(good), 100):
         bad.write_bytes(good[:cut])
         with pytest.raises(ValueError, match="bad.pt is damaged"):
             read_checkpoint(bad)
     for place in rng.integers(0, len(good), 100):
         bad.write_bytes(good[:place] + bytes([good[place] ^ 1 << int(rng.integers(8))]) + good[place + 1:])
-        try:
-            found = read_checkpoint(bad)   # a byte that pads the file's format may differ; no value may
-            assert all(torch.equal(found["model"][name], tensor) for name, tensor in expected["model"].items())
-        except ValueError as refusal:
-            refused += "bad.pt is damaged" in str(refusal)
-    assert refused > 40
-    torch.save({"weights": torch.zeros(3)}, bad)
+        with pytest.raises(ValueError, match="bad.pt is damaged"):
+            read_checkpoint(bad)
+    torch.save(read_checkpoint(tmp_path / "good.pt"), bad)   # whole, but without the check sum at its end
+    with pytest.raises(ValueError, match="no checkpoint of train.py"):
+        read_checkpoint(bad)
+    with open(bad, "wb") as file:
+        train.write_checkpoint({"weights": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match="no checkpoint of train.py"):
         read_checkpoint(bad)
 
@@ -950,8 +950,10 @@ class Evil:
 
 def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Evil(), "optimizer": {}, "iteration": 1}, "zip.pt")
-    Path("plain.pt").write_bytes(pickle.dumps(Evil()))
+    with open("zip.pt", "wb") as file:
+        train.write_checkpoint({"model": Evil(), "optimizer": {}, "iteration": 1}, file)
+    evil = pickle.dumps(Evil(), protocol=2)
+    Path("plain.pt").write_bytes(evil + zlib.crc32(evil).to_bytes(4, "little"))
     for name in ("zip.pt", "plain.pt"):
         with pytest.raises(ValueError, match="no checkpoint of train.py"):
             read_checkpoint(name)

@@ -343,6 +343,24 @@ def gathered(value):
     return whole(value).cpu() if hasattr(value, "full_tensor") else value
 
 
+class CheckSummed:
+    """A binary file to write to, and the CRC-32 of what was written."""
+
+    def __init__(self, file):
+        self.file, self.crc, self.flush = file, 0, file.flush
+
+    def write(self, data):
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+
+def write_checkpoint(saved, file):
+    """torch.save into a binary file, and the CRC-32 of all its bytes behind it: torch's own reader does not look whether they are sound."""
+    summed = CheckSummed(file)
+    torch.save(saved, summed)
+    file.write(summed.crc.to_bytes(4, "little"))
+
+
 def save_checkpoint(model, optimizer, iteration, out, **more):
     """Write the state of model and optimizer, the iteration, and whatever else is named, to `out`: a path or a binary file object.
 
@@ -352,11 +370,11 @@ def save_checkpoint(model, optimizer, iteration, out, **more):
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     if hasattr(out, "write"):
-        torch.save(saved, out)
+        write_checkpoint(saved, out)
         return
     try:
         with replacing(out) as temporary, open(temporary, "wb") as file:
-            torch.save(saved, file)
+            write_checkpoint(saved, file)
     except (OSError, RuntimeError) as error:  # torch hides the operating system's reason behind one of its own
         reason = getattr(error.__context__, "strerror", None) or getattr(error, "strerror", None) or error
         raise OSError(f"{out} was not written, and what stood there before still stands: {reason}") from None
@@ -391,7 +409,21 @@ def read_log(path):
         table = csv.DictReader(file)
         if tuple(table.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} is no log of train.py: its first line should be {','.join(COLUMNS)}")
-        return [row for row in table if row["tokens_per_second"]]
+        rows = [row for row in table if row["tokens_per_second"]]
+    for number, row in enumerate(rows, 2):
+        try:
+            [float(row[name] or (name == "val_loss")) for name in COLUMNS]
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}, line {number}: {','.join(map(str, row.values()))!r} is no row of numbers") from None
+    return rows
+
+
+def read_config(path):
+    """The constants of a run, a dict. Raises ValueError if the file holds something else."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no config.json of train.py: {error}") from None
 
 
 def round_ticks(low, high, count=6):
@@ -455,8 +487,9 @@ def perplexity(loss):
 
 def compare_runs(folders):
     """Draw the runs in these folders into out_dir/curves.svg and print their last losses beside the constants in which they differ."""
+    require(folders, f"--compare={compare}: names no folder")
     logs = {str(folder): read_log(folder / "log.csv") for folder in folders}
-    configs = [json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in folders]
+    configs = [read_config(folder / "config.json") for folder in folders]
     for name, rows in logs.items():
         require(rows, f"--compare: {name}/log.csv has no rows yet")
     names = [name for name in configs[0] if name not in MAY_CHANGE and len({str(config.get(name)) for config in configs}) > 1]
@@ -509,6 +542,20 @@ def choose_device(local_rank):
     else:
         fast = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind), getattr(torch, dtype or ("bfloat16" if fast else "float32"))
+
+
+def check_memory(vocab_size, share, place):
+    """Raise UsageError for a model, or a share of the batch, that this device could not hold even if everything went well."""
+    if place.type == "cuda":
+        memory = torch.cuda.get_device_properties(place).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    state = 16 * d_model * (vocab_size + num_layers * (4 * d_model + 2 * d_ff))   # bytes of weights, gradients and AdamW's two moments
+    batch = 2 * share * context_length * (vocab_size + 8 * num_layers * d_model)  # bytes of logits and of each block's projections, in bfloat16
+    for names, need in ("--d_model, --num_layers and --d_ff", state), ("--batch_size (divided by --grad_accum)", batch):
+        require(need < memory or shard, f"{names} would take {need / 1e9:,.0f} GB at least, and there are {memory / 1e9:,.0f}: make them smaller")
 
 
 def load_data():
@@ -615,6 +662,8 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
     place, kind = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
     if processes > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    share = batch_size // processes // grad_accum   # sequences that go through the model at once
+    check_memory(vocab_size, share, place)
     torch.manual_seed(seed)
     model = TransformerLM(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, rope_theta,
                           post_norm, rms_norm, rope, swiglu, tie_embeddings)
@@ -649,7 +698,6 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
         with torch.autocast(place.type, kind, enabled=kind != torch.float32):
             return model.loss(inputs, targets)
 
-    share = batch_size // processes // grad_accum   # sequences that go through the model at once
     parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
     if compile:
         compile_model(model, loss_of, *windows(train_tokens, [0] * share, context_length, place))
@@ -677,7 +725,7 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
         count += 1
 
         ahead, stop = largest(2 * clock() - begin, *stops or [0])   # when one more step would end, and whether any process was told to stop
-        horizon = step * budget / ahead if max_minutes else steps   # the step at which the time will be up, at the pace so far
+        horizon = max(step, step * budget / ahead) if max_minutes else steps   # the step at which the time will be up, at the pace so far
         last = step >= horizon
         evaluating = last or step % eval_interval == 0
         due = evaluating or step % log_interval == 0 or step == 1
@@ -717,7 +765,7 @@ def train(config, train_tokens, val_tokens, vocab_size, data, rank, processes):
 def main():
     config = configure(globals())
     if compare:
-        return compare_runs([Path(folder) for folder in compare.split(",")])
+        return compare_runs([Path(folder) for folder in compare.split(",") if folder])
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
