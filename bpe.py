@@ -36,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -212,9 +213,9 @@ def pack(text, places, lengths):
 
 
 def unpack(words):
-    """The bytes objects that a (2, W) array of numbers stands for."""
-    raw = words.T.astype("<u8").tobytes()
-    return [raw[i:i + raw[i + SHORT]] for i in range(0, len(raw), 16)]
+    """The bytes of words (2, W), (W, 16) uint8, and the length of each, (W,)."""
+    cells = np.ascontiguousarray(words.T, "<u8").view(np.uint8)
+    return cells, cells[:, SHORT].astype(np.intp)
 
 
 def hash_words(words):
@@ -328,8 +329,8 @@ def count_words(path, specials, stop, num_processes, tell):
         done += end - start
         tell("counting words", done, stop)
     words, counts = add_up(*map(np.hstack, zip(*parts)))
-    lengths = (words[1] >> np.uint64(56)).astype(np.intp)
-    cells = words.T.astype("<u8").view(np.uint8).astype(np.int16)  # (D, 16)
+    cells, lengths = unpack(words)
+    cells = cells.astype(np.int16)
     cells[np.arange(len(cells)), lengths] = -1
     cells = cells[np.arange(16) <= lengths[:, None]]  # row by row, each up to its -1
     tail = np.frombuffer(b"".join(word + b"\0" for word in longs), np.uint8).astype(np.int16)
@@ -480,11 +481,21 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def first_slot(hashes):
+    """The slot of the word table for a word of this hash."""
+    return (hashes >> np.uint64(64 - SLOT_BITS)).astype(np.intp)
+
+
+def second_slot(hashes):
+    """The slot for it if another word was there first."""
+    return first_slot(hashes * np.uint64(0xD6E8FEB86659FD93))
+
+
 class WordTable:
     """The token ids of short words, looked up for many words at once: a cache in arrays, of fixed size.
 
-    A word stands in the one slot that its hash names, or nowhere; its ids lie in a pool that all words share. With this table one core encodes
-    text of known words at 80 MB/s, with a dict of bytes objects at 41.
+    A word stands in one of two slots that its hash names, or nowhere; its ids lie in a pool that all words share. With this table one core
+    encodes text of known words at 80 MB/s, with a dict of bytes objects at 41.
     """
 
     def __init__(self, dtype):
@@ -493,31 +504,33 @@ class WordTable:
         self.clear()
 
     def clear(self):
-        """Forget all words."""
+        """Forget all words, and where their ids were."""
         self.pool = np.empty(0, self.dtype)
         self.slots = np.zeros((1 << SLOT_BITS, 4), np.int64)  # a word's two numbers (none is all zeros), then begin and size of its ids in the pool
 
-    def slot(self, words):
-        """The slot of each word, (W,)."""
-        return (hash_words(words) >> np.uint64(64 - SLOT_BITS)).astype(np.intp)
-
     def find(self, words):
-        """Where the ids of words (2, W) begin in the pool, how many they are, and whether the word is known at all; (W,) each."""
-        if len(self.pool) > 2 << SLOT_BITS:
-            self.clear()
-        low, high, begins, sizes = self.slots.take(self.slot(words), axis=0).T  # take copies whole rows, seven times as fast as slots[...]
-        return begins, sizes, (low == words[0].view(np.int64)) & (high == words[1].view(np.int64))
+        """Where the ids of words (2, W) begin in the pool and how many they are, (2, W), and whether the word is known at all, (W,)."""
+        hashes, wanted = hash_words(words), words.view(np.int64)
+        rows = self.slots.take(first_slot(hashes), axis=0)  # take copies whole rows, seven times as fast as slots[...]
+        known = (rows[:, 0] == wanted[0]) & (rows[:, 1] == wanted[1])
+        others = np.flatnonzero(~known)
+        second = self.slots.take(second_slot(hashes[others]), axis=0)
+        rows[others], known[others] = second, (second[:, :2] == wanted[:, others].T).all(axis=1)
+        return rows[:, 2:].T, known
 
-    def add(self, encoded):
-        """Put the ids of some words, bytes each, into the pool: returns where they begin and how many they are, (W,) each."""
-        sizes = np.array([len(ids) for ids in encoded], np.intp) // self.dtype.itemsize
+    def add(self, ids, sizes):
+        """Put the ids of some words, `sizes` (W,) each, into the pool: returns where they begin and how many they are, (2, W)."""
         begins = np.cumsum(sizes) - sizes + len(self.pool)
-        self.pool = np.concatenate((self.pool, np.frombuffer(b"".join(encoded), self.dtype)))
-        return begins, sizes
+        self.pool = np.concatenate((self.pool, ids))
+        return np.stack((begins, sizes))
 
-    def put(self, words, begins, sizes):
-        """Make words (2, W) known. Whatever stood in their slots is forgotten."""
-        self.slots[self.slot(words)] = np.stack((*words.view(np.int64), begins, sizes), axis=1)
+    def put(self, words, places):
+        """Make words (2, W) known: each in its first slot if that is free, else in its second, and what stood there is forgotten."""
+        hashes = hash_words(words)
+        slot = first_slot(hashes)
+        taken = self.slots[slot, 3] > 0
+        slot[taken] = second_slot(hashes[taken])
+        self.slots[slot] = np.stack((*words.view(np.int64), *places), axis=1)
 
     def gather(self, begins, sizes):
         """The ids at all these places of the pool, one after another."""
@@ -563,6 +576,8 @@ class Tokenizer:
         keys = np.append(left << 32 | right, 2 ** 63 - 1)  # a last one that no pair has: looking up never falls off the end
         order = np.argsort(keys)
         self.keys, self.ranks = keys[order], np.append(np.arange(len(self.pairs)), NEVER)[order]
+        self.slots = np.full((4 << len(keys).bit_length(), 2), -2)  # a table of ranks: most pairs, each in the slot that its hash names
+        self.slots[self.slot(keys)] = np.stack((self.keys, self.ranks), axis=1)[np.argsort(order)]
         self.rank_of_bytes = self.rank(self.byte_ids[:, None] << 32 | self.byte_ids).astype(np.int32)  # (256, 256)
         self.lengths = np.array([len(self.vocab[number]) for number in range(len(self.vocab))])
         self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
@@ -572,10 +587,18 @@ class Tokenizer:
         self.table = WordTable(self.dtype)
         self.cache = dict(self.special_ids)  # word: its token ids, as bytes of self.dtype
 
+    def slot(self, pairs):
+        """The slot of each pair in the table of ranks."""
+        return (pairs.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(65 - len(self.slots).bit_length())).astype(np.intp)
+
     def rank(self, pairs):
         """The rank, which is the place in the order of merges, of pairs of ids (int64, left << 32 | right); NEVER where no merge joins them."""
-        found = np.searchsorted(self.keys, pairs)
-        return np.where(self.keys[found] == pairs, self.ranks[found], NEVER)
+        there, ranks = np.moveaxis(self.slots.take(self.slot(pairs), axis=0), -1, 0)
+        ranks = np.where(there == pairs, ranks, NEVER)
+        unsure = np.nonzero((there != pairs) & (there >= 0))  # another pair has the slot: search, which for all pairs takes twice as long
+        found = np.searchsorted(self.keys, pairs[unsure])
+        ranks[unsure] = np.where(self.keys[found] == pairs[unsure], self.ranks[found], NEVER)
+        return ranks
 
     @classmethod
     def from_files(cls, vocab_filepath, merges_filepath, special_tokens=None, every_special=False):
@@ -636,7 +659,9 @@ class Tokenizer:
         found = {}
         for shortest, longest in (1, 16), (17, 32), (33, 64), (65, 128):  # each round of merge_words pays for its longest word
             group = [word for word in missing if shortest <= len(word) <= longest]
-            found.update(zip(group, self.merge_words(group)))
+            matrix = np.frombuffer(b"".join(word.ljust(longest) for word in group), np.uint8).reshape(-1, longest)
+            ids, sizes = self.merge_words(matrix, np.array([len(word) for word in group], np.intp))
+            found.update((word, part.tobytes()) for word, part in zip(group, np.split(ids, np.cumsum(sizes))))
         long = {word: self.merge_long(word) for word in missing if len(word) > 128}
         encoded = [self.cache.get(word) or found.get(word) or long[word] for word in words]
         if len(self.cache) + len(found) > CACHE:
@@ -644,41 +669,37 @@ class Tokenizer:
         self.cache.update(found)
         return encoded
 
-    def merge_words(self, words):
-        """The token ids of short words, as bytes each: in every round, the pair of lowest rank of every word is merged.
+    def merge_words(self, words, lengths):
+        """The token ids of W short words, one word after another, and how many each has: in a round, every word's pair of lowest rank is merged.
 
-        Word by word in plain Python this takes 10 microseconds a word, so it takes 3.
+        words: (W, n) uint8, their bytes and then anything. lengths: (W,). Word by word in plain Python a word takes 10 microseconds, so 1.
         """
-        lengths = np.array([len(word) for word in words], np.intp)
-        width = lengths.max(initial=0)
-        rows = np.arange(width + 1)[:, None]
-        ids = np.full((width + 1, len(words)), -1, np.int32)  # one column a word
-        ids.T[rows.T < lengths[:, None]] = np.frombuffer(b"".join(words), np.uint8)
-        ranks = np.full((width + 1, len(words)), NEVER, np.int32)  # of the pair that begins there
-        ranks[:-1] = np.where(ids[1:] < 0, NEVER, self.rank_of_bytes[ids[:-1], ids[1:]])
-        ids = np.where(ids < 0, -1, self.byte_ids[ids]).astype(np.int32)
-        column, final = np.arange(len(words)), np.empty_like(ids)
-        while len(column):
-            at = ranks.argmin(axis=0)
-            going = np.flatnonzero(ranks[at, np.arange(len(column))] < NEVER)
-            if len(going) <= len(column) // 2:  # leave the finished words behind, half of them at a time
-                final[:, column] = ids
-                ids, ranks, column = ids[:, going], ranks[:, going], column[going]
-                continue
-            place, at = np.full(len(column), width), at[going]
-            place[going] = at
-            new = self.merged[ranks[at, going]]
-            np.copyto(ids[:-1], ids[1:], where=rows[:-1] > place)
-            np.copyto(ranks[:-1], ranks[1:], where=rows[:-1] > place)
-            ids[-1], ranks[-1] = -1, NEVER
-            ids[at, going] = new
-            ranks[at, going] = self.rank(new << 32 | ids[np.minimum(at + 1, width), going])
-            inner = at > 0
-            at, going = at[inner], going[inner]
-            ranks[at - 1, going] = self.rank(ids[at - 1, going].astype(np.int64) << 32 | new[inner])
-        sizes = (final >= 0).sum(axis=0)
-        flat, ends = final.T[final.T >= 0].astype(self.dtype).tobytes(), (np.cumsum(sizes) * self.dtype.itemsize).tolist()
-        return [flat[start:end] for start, end in zip([0, *ends], ends)]
+        bytes_of, (W, n) = np.ascontiguousarray(words.T), words.shape
+        inside = np.arange(n)[:, None] < lengths
+        row = np.arange(n + 2)[:, None]
+        # A column a word, with cells as in Segmentation. key: the rank of the pair whose left token begins there, and the row.
+        first, key = np.full((n + 2, W), -1, np.int32), np.full((n + 2, W), NEVER, np.int64)
+        first[1:-1] = np.where(inside, self.byte_ids[bytes_of], -1)
+        key[1:-2] = np.where(inside[1:], self.rank_of_bytes[bytes_of[:-1], bytes_of[1:]], NEVER)
+        key = key << 8 | row
+        last, final = first.ravel().copy(), first
+        first, flat_key, size = first.ravel(), key.ravel(), self.lengths * W  # flat: the cell below is W further
+        while True:
+            least = key.min(axis=0)
+            word = np.flatnonzero(least < NEVER << 8)
+            if not len(word):
+                break
+            least = least[word]
+            new, place = self.merged[least >> 8], (least & 255) * W + word
+            middle, end = place + size[first[place]], place + size[new]
+            first[middle], flat_key[middle] = -1, NEVER << 8
+            first[place] = last[end - W] = new
+            before, after = last[place - W], first[end]
+            flat_key[place] = self.rank(new << 32 | after) << 8 | least & 255
+            held = np.flatnonzero(before >= 0)
+            before = before[held].astype(np.int64)
+            flat_key[place[held] - size[before]] = self.rank(before << 32 | new[held]) << 8 | (least[held] & 255) - self.lengths[before]
+        return final.T[final.T >= 0].astype(self.dtype), (final >= 0).sum(axis=0)
 
     def merge_long(self, word):
         """The token ids of a long word, as bytes: rank by rank, all places of a pair at once, O(n log n) where round by round is O(n^2)."""
@@ -714,26 +735,39 @@ class Tokenizer:
 
     def encode_bytes(self, text):
         """The token ids of valid UTF-8, (tokens,) of self.dtype."""
-        return np.concatenate([np.empty(0, self.dtype), *map(self.encode_slice, slices(text, self.cut))])
+        ids, rest = [np.empty(0, self.dtype)], slices(text, self.cut)
+        while some := list(islice(rest, max(1, BLOCK // SLICE) if len(self.table.pool) else 1)):  # the first slice teaches most words to those after it
+            ids += self.encode_slices(some)
+        return np.concatenate(ids)
 
-    def encode_slice(self, text):
-        """encode_bytes for a text whose arrays fit the processor's cache: words are looked up in the table, new ones are merged once each."""
-        places, is_special = pretokenise(text, self.special)
-        lengths = np.diff(places, append=len(text))
-        short, other = np.flatnonzero((lengths <= SHORT) & ~is_special), np.flatnonzero((lengths > SHORT) | is_special)
-        words = pack(text, places[short], lengths[short])
-        begins, sizes = np.empty((2, len(places)), np.intp)  # of each word's ids in the table's pool
-        begins[short], sizes[short], known = self.table.find(words)
+    def encode_slices(self, texts):
+        """The token ids of each of some slices. Words are looked up in the table, and those that it lacks are merged, all slices' in one go."""
+        if len(self.table.pool) > 8 << SLOT_BITS:
+            self.table.clear()
+        found, new, others = [], [], []   # for each slice: begins and sizes of the words' ids in the table's pool; what is missing, and where
+        for text in texts:
+            places, is_special = pretokenise(text, self.special)
+            lengths = np.diff(places, append=len(text))
+            short, other = np.flatnonzero((lengths <= SHORT) & ~is_special), np.flatnonzero((lengths > SHORT) | is_special)
+            words, ids = pack(text, places[short], lengths[short]), np.empty((2, len(places)), np.intp)
+            ids[:, short], known = self.table.find(words)
+            found.append(ids)
+            new.append((words[:, ~known], short[~known]))
+            others.append(([text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())], other))
 
-        new = np.flatnonzero(~known)
-        order, starts = bring_together(words[:, new])
-        distinct, repeats = words[:, new[order[starts]]], np.diff(starts, append=len(order))
-        found = self.table.add(self.ids_of_words(unpack(distinct)))
-        self.table.put(distinct, *found)
-        begins[short[new[order]]], sizes[short[new[order]]] = np.repeat(found, repeats, axis=1)
-        others = [text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())]
-        begins[other], sizes[other] = self.table.add(self.ids_of_words(others))
-        return self.table.gather(begins, sizes)
+        words = np.hstack([words for words, _ in new])
+        order, starts = bring_together(words)
+        distinct = words[:, order[starts]]
+        learnt = self.table.add(*self.merge_words(*unpack(distinct)))
+        self.table.put(distinct, learnt)
+        ids_of_new = np.empty((2, len(order)), np.intp)
+        ids_of_new[:, order] = np.repeat(learnt, np.diff(starts, append=len(order)), axis=1)
+        encoded = self.ids_of_words([word for words, _ in others for word in words])
+        ids_of_others = self.table.add(np.frombuffer(b"".join(encoded), self.dtype), np.array([len(ids) // self.dtype.itemsize for ids in encoded], np.intp))
+        for ids, (_, at), (_, others_at) in zip(found, new, others):
+            ids[:, at], ids_of_new = np.split(ids_of_new, [len(at)], axis=1)
+            ids[:, others_at], ids_of_others = np.split(ids_of_others, [len(others_at)], axis=1)
+        return [self.table.gather(*ids) for ids in found]
 
     def encode_iterable(self, iterable):
         """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily and in constant memory."""

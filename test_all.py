@@ -186,9 +186,10 @@ def test_short_words_survive_being_packed_into_numbers():
     words = [bytes(rng.choices(b"\0\0ab\xff", k=rng.randrange(1, 16))) for _ in range(3000)]
     lengths = np.array([len(word) for word in words])
     packed = bpe.pack(b"".join(words), np.cumsum(lengths) - lengths, lengths)
-    assert bpe.unpack(packed) == words
+    unpacked = lambda numbers: [bytes(cells[:length]) for cells, length in zip(*bpe.unpack(numbers))]
+    assert unpacked(packed) == words
     distinct, counts = bpe.add_up(packed, np.ones(len(words), np.int64))
-    assert dict(zip(bpe.unpack(distinct), counts.tolist())) == Counter(words)
+    assert dict(zip(unpacked(distinct), counts.tolist())) == Counter(words)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
@@ -280,8 +281,12 @@ def test_words_of_any_length_are_merged_as_the_plain_encoder_does(trained):
             while known := [pair for pair in zip(tokens, tokens[1:]) if pair in tokenizer.merges]:
                 tokens = merge_word(tokens, min(known, key=tokenizer.merges.index))
             wanted = [number for token in tokens for number, other in tokenizer.vocab.items() if other == token]
-            for ids in (tokenizer.ids_of_words([word])[0], tokenizer.merge_long(word), tokenizer.merge_words([b"x", word])[1]):
+            for ids in (tokenizer.ids_of_words([word])[0], tokenizer.merge_long(word)):
                 assert np.frombuffer(ids, tokenizer.dtype).tolist() == wanted
+            if length <= 128:
+                matrix = np.frombuffer(b"x".ljust(130) + word.ljust(130), np.uint8).reshape(2, 130)
+                ids, sizes = tokenizer.merge_words(matrix, np.array([1, length]))
+                assert ids[sizes[0]:].tolist() == wanted and sizes.tolist() == [1, len(wanted)]
 
 
 def test_encode_iterable_is_lazy_and_gives_the_ids_of_the_joined_text(trained):
@@ -1325,7 +1330,8 @@ def test_a_run_folder_that_does_not_fit_together_is_refused(run_folder, tmp_path
             sample.load_run(tmp_path, "cpu")
     (tmp_path / "ckpt.pt").write_bytes(whole)
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    torch.save({**saved, "config": {**saved["config"], "d_model": 32}}, tmp_path / "ckpt.pt")
+    with open(tmp_path / "ckpt.pt", "wb") as file:
+        train.write_checkpoint({**saved, "config": {**saved["config"], "d_model": 32}}, file)
     with pytest.raises(ValueError, match="ckpt.pt holds no model that belongs to its settings"):
         sample.load_run(tmp_path, "cpu")
     (tmp_path / "ckpt.pt").write_bytes(whole)
@@ -1631,3 +1637,14 @@ def test_a_full_cache_of_words_changes_no_id(monkeypatch, tmp_path):
     monkeypatch.setattr(bpe, "CACHE", 20)
     narrow = Tokenizer(*learnt)
     assert [narrow.encode(piece) for piece in pieces] == expected and len(narrow.cache) <= 20 < len(roomy.cache)
+
+
+def test_a_full_table_of_words_changes_no_id(monkeypatch, trained):
+    tokenizer, rng = trained[0], random.Random(10)
+    text = " ".join(f"the cat {rng.randrange(300)} sat in the {rng.randrange(99)}hat" for _ in range(3000)).encode()
+    expected = tokenizer.encode_bytes(text).tolist()
+    monkeypatch.setattr(bpe, "SLOT_BITS", 4)
+    monkeypatch.setattr(bpe, "SLICE", 1 << 10)
+    narrow = Tokenizer(tokenizer.vocab, tokenizer.merges, list(tokenizer.special_tokens))
+    assert narrow.encode_bytes(text).tolist() == expected and len(narrow.table.slots) == 16
+    assert len(narrow.table.pool) < 2000   # the pool was emptied on the way
