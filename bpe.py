@@ -736,38 +736,38 @@ class Tokenizer:
     def encode_bytes(self, text):
         """The token ids of valid UTF-8, (tokens,) of self.dtype."""
         ids, rest = [np.empty(0, self.dtype)], slices(text, self.cut)
-        while some := list(islice(rest, max(1, BLOCK // SLICE) if len(self.table.pool) else 1)):  # the first slice teaches most words to those after it
+        while some := list(islice(rest, max(1, BLOCK // SLICE) if len(self.table.pool) else 1)):  # the first slice teaches most words to the rest
             ids += self.encode_slices(some)
         return np.concatenate(ids)
 
     def encode_slices(self, texts):
-        """The token ids of each of some slices. Words are looked up in the table, and those that it lacks are merged, all slices' in one go."""
+        """The token ids of each of some slices: words are looked up in the table, and what it lacks is merged, that of all slices in one go."""
         if len(self.table.pool) > 8 << SLOT_BITS:
             self.table.clear()
-        found, new, others = [], [], []   # for each slice: begins and sizes of the words' ids in the table's pool; what is missing, and where
+        found, new, others = [], [], []
         for text in texts:
             places, is_special = pretokenise(text, self.special)
             lengths = np.diff(places, append=len(text))
             short, other = np.flatnonzero((lengths <= SHORT) & ~is_special), np.flatnonzero((lengths > SHORT) | is_special)
-            words, ids = pack(text, places[short], lengths[short]), np.empty((2, len(places)), np.intp)
-            ids[:, short], known = self.table.find(words)
-            found.append(ids)
-            new.append((words[:, ~known], short[~known]))
-            others.append(([text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())], other))
+            words, where = pack(text, places[short], lengths[short]), np.empty((2, len(places)), np.intp)
+            where[:, short], known = self.table.find(words)
+            found.append(where)  # of every word: where its ids begin in the table's pool, and how many they are
+            new.append((short[~known], words[:, ~known]))
+            others.append((other, [text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())]))
 
-        words = np.hstack([words for words, _ in new])
+        words = np.hstack([words for _, words in new])
         order, starts = bring_together(words)
         distinct = words[:, order[starts]]
         learnt = self.table.add(*self.merge_words(*unpack(distinct)))
         self.table.put(distinct, learnt)
-        ids_of_new = np.empty((2, len(order)), np.intp)
-        ids_of_new[:, order] = np.repeat(learnt, np.diff(starts, append=len(order)), axis=1)
-        encoded = self.ids_of_words([word for words, _ in others for word in words])
-        ids_of_others = self.table.add(np.frombuffer(b"".join(encoded), self.dtype), np.array([len(ids) // self.dtype.itemsize for ids in encoded], np.intp))
-        for ids, (_, at), (_, others_at) in zip(found, new, others):
-            ids[:, at], ids_of_new = np.split(ids_of_new, [len(at)], axis=1)
-            ids[:, others_at], ids_of_others = np.split(ids_of_others, [len(others_at)], axis=1)
-        return [self.table.gather(*ids) for ids in found]
+        of_new = np.empty((2, len(order)), np.intp)
+        of_new[:, order] = np.repeat(learnt, np.diff(starts, append=len(order)), axis=1)
+        encoded = self.ids_of_words([word for _, words in others for word in words])
+        of_others = self.table.add(np.frombuffer(b"".join(encoded), self.dtype), np.array([len(ids) for ids in encoded], np.intp) // self.dtype.itemsize)
+        for where, (at, _), (others_at, _) in zip(found, new, others):
+            where[:, at], of_new = np.split(of_new, [len(at)], axis=1)
+            where[:, others_at], of_others = np.split(of_others, [len(others_at)], axis=1)
+        return [self.table.gather(*where) for where in found]
 
     def encode_iterable(self, iterable):
         """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily and in constant memory."""

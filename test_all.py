@@ -1554,8 +1554,10 @@ def test_a_full_disk_is_said_by_file_and_leaves_the_old_files(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path):
     first = start(f"--data={text}", f"--data_dir={tmp_path}", "--num_processes=2", start_new_session=True)
     once_working(first)
+    os.kill(first.pid, signal.SIGSTOP)   # so that it cannot have ended when the second comes
     status, _, err = finish(f"--data={text}", f"--data_dir={tmp_path}")
     assert status == 1 and err.count("\n") == 1 and "another run" in err
+    os.kill(first.pid, signal.SIGCONT)
     first.communicate(timeout=60)
     assert first.returncode == 0 and {path.name for path in tmp_path.iterdir()} == {*FILES, ".lock"}
 
