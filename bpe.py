@@ -4,16 +4,17 @@ Byte-level byte-pair encoding (BPE): train a tokenizer on a text file, encode th
     $ python bpe.py --data=TinyStories.txt --vocab_size=10000
     $ python bpe.py --data=owt.txt --tokenizer_dir=data --data_dir=data_owt     # encode one corpus with another's tokenizer
 
-writes vocab.json and merges.txt (GPT-2's format), train.bin and val.bin (raw token ids) into data_dir. Without --data the corpus is the
-source of Python's standard library. How it works, in the order of this file:
+writes vocab.json and merges.txt (GPT-2's format), train.bin and val.bin (raw token ids) into data_dir, and reports seconds for each phase, peak
+memory, the longest tokens, bytes per token and MB/s. Without --data the corpus is the source of Python's standard library. How it works, in the
+order of this file:
 
 1. Pre-tokenisation cuts the text into words (GPT-2's pattern: " we", "'ve", " 2026", "!"), inside which all the rest happens.
 2. Training counts the distinct words, takes the 256 bytes for the first tokens, and merges the most frequent pair of neighbouring tokens
    into a new one, again and again (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units").
 3. Encoding replays the merges on new text, the first learnt first; decoding joins the bytes of the tokens.
 
-All three work on numpy arrays, many places at a time. The plain loops that they replace stand in test_all.py, and both are held against each
-other there. Needs numpy and regex; imports neither torch nor another file of this project.
+All three work on numpy arrays, many places at a time. The plain loops that they replace stand in test_all.py, which holds both against each
+other. Needs numpy and regex; imports neither torch nor another file of this project.
 """
 import ast
 import difflib
@@ -58,8 +59,8 @@ num_processes = 0                  # worker processes; 0: one for each core
 PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"
 END = "<|endoftext|>"              # ends each document of the default corpus
-CACHE = 1 << 18                    # words whose token ids a tokenizer remembers, 40 MB or so
-SLOT_BITS = 18                     # 2**18 words more, packed into numbers, 9 MB
+CACHE = 1 << 18                    # words whose token ids a tokenizer remembers in a dict, 40 MB or so
+SLOT_BITS = 18                     # 2**18 words more in a table of numbers, 9 MB
 NEVER = 2 ** 31 - 1                # the rank of a pair that no merge joins
 BLOCK = 1 << 22                    # bytes of text that a worker process takes at a time
 SLICE = 1 << 19                    # bytes of text in one pass of the array code: its arrays then fit the cache, twice as fast as 4 MB
@@ -103,25 +104,25 @@ def pretokenise(text, special=None):
     """Cut text into pre-tokens and special tokens, without gaps: their places and whether each is special, two arrays of one length.
 
     text: valid UTF-8 bytes. special: compiled pattern of the special tokens, or None.
-    The plain version, PATTERN.findall on the text between the special tokens, reads 9 MB/s. This one asks of all places at once whether
-    a token begins there, and reads 300 MB/s: where the kind of character changes, but for the blank before a word and for contractions.
+    The plain version, PATTERN.findall on the text between the special tokens, reads 9 MB/s, this one 300. It asks of all places at once
+    whether a token begins there: it does where the kind of character changes, except at a blank before a word and in contractions.
     """
     byte = np.frombuffer(text + b"\0\0", np.uint8)  # two more, so that looking ahead stays inside
     kinds = np.append(kind_of_byte(text), np.uint8([SPECIAL, SPECIAL]))
-    matches = [match.span() for match in special.finditer(text)] if special else []
-    for start, stop in matches:
+    spans = [match.span() for match in special.finditer(text)] if special else []
+    for start, stop in spans:
         kinds[start:stop] = SPECIAL
     begins = np.ones(len(byte), bool)
     np.not_equal(kinds[1:], kinds[:-1], out=begins[1:])
-    begins[[start for start, _ in matches]] = True
+    begins[[start for start, _ in spans]] = True
 
     # White space before a word: a blank at its end joins the word, any other character there is a token of its own.
-    after_space = begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] != SPECIAL)
-    after_blank = after_space & (byte[:-1] == ord(" "))
-    begins[1:] ^= after_blank
-    begins[:-1] |= after_blank
-    lone = np.flatnonzero(after_space ^ after_blank)
-    while len(lone):  # their first bytes: U+00A0, U+3000 and their like have two or three
+    last_space = begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] != SPECIAL)
+    last_blank = last_space & (byte[:-1] == ord(" "))
+    begins[1:] ^= last_blank
+    begins[:-1] |= last_blank
+    lone = np.flatnonzero(last_space ^ last_blank)
+    while len(lone):  # back to the first byte of the character: U+00A0, U+3000 and their like have two or three
         inside = byte[lone] & 0xC0 == 0x80
         begins[lone[~inside]] = True
         lone = lone[inside] - 1
@@ -146,12 +147,14 @@ def special_pattern(specials):
 def cut_pattern(specials):
     """The compiled pattern of the places where UTF-8 can be cut without changing a token: it matches the character after the cut.
 
-    No pre-token holds white space after anything else, nor another sign after an ASCII letter or digit. A special token may: no cut goes
-    through what could be one.
+    In a pre-token white space follows nothing but white space, and an ASCII letter or digit is followed by its own kind only: so a cut is safe
+    before white space after something else, and before another ASCII sign after such a letter or digit. A special token may hold both: no cut
+    goes through what could be one.
     """
     wide = [chr(point).encode() for point in np.flatnonzero(kind_of_code_point() == SPACE).tolist() if point > 127]
     # The character comes first, for the engine skips to it quickly; what must stand before it is looked at afterwards.
-    between = rb"[\s!-~](?:(?<=\S\s)" + b"".join(rb"(?<!%s\s)" % space for space in wide) + rb"|(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s]))"
+    not_wide = b"".join(rb"(?<!%s\s)" % space for space in wide)  # white space beyond ASCII ends in a byte that \S matches
+    between = rb"[\s!-~](?:(?<=\S\s)" + not_wide + rb"|(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s]))"
     inside = {(token[:match.end()], token[match.end():]) for token in specials for match in re.finditer(between, token)}
     return re.compile(between + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail)) for head, tail in sorted(inside)))
 
@@ -178,7 +181,9 @@ def blocks(path, cut, longest, start, stop):
                 if place and place.start() <= margin + reach:
                     end += place.start() - margin
                     break
-                end, reach = (stop if end + reach >= stop else end), 2 * reach
+                if end + reach >= stop:
+                    end = stop
+                reach *= 2
             yield path, start, min(end, stop)
             start = end
 
@@ -205,7 +210,7 @@ KEEP = np.array([[2 ** (8 * min(n, 8)) - 1, 2 ** (8 * max(n - 8, 0)) - 1] for n 
 
 
 def pack(text, places, lengths):
-    """The words of up to 15 bytes at `places` of a bytes object as numbers: (2, W) uint64."""
+    """The words of `lengths` (W,) up to 15 at `places` (W,) of a bytes object, as numbers: (2, W) uint64."""
     padded = text + bytes(16)
     eight = np.ndarray(len(text) + 9, "<u8", padded, strides=(1,))  # the eight bytes from each place on
     low, high = KEEP
@@ -213,7 +218,7 @@ def pack(text, places, lengths):
 
 
 def unpack(words):
-    """The bytes of words (2, W), (W, 16) uint8, and the length of each, (W,)."""
+    """The reverse of pack: the bytes of words (2, W), (W, 16) uint8, and how many of the 16 belong to each, (W,)."""
     cells = np.ascontiguousarray(words.T, "<u8").view(np.uint8)
     return cells, cells[:, SHORT].astype(np.intp)
 
@@ -238,8 +243,9 @@ def bring_together(words):
     return order, np.flatnonzero(differs)
 
 
-def add_up(words, counts):
-    """Distinct words (2, D) and the sums (D,) of the counts (W,) of each."""
+def add_up(parts):
+    """Join several (words (2, W), counts (W,)) into one in which each word stands once, with the sum of its counts."""
+    words, counts = map(np.hstack, zip(*parts))
     order, starts = bring_together(words)
     return words[:, order[starts]], np.add.reduceat(counts[order], starts)
 
@@ -247,28 +253,35 @@ def add_up(words, counts):
 def count_block(special, cut, block):
     """Count the words of one block of a file: distinct short words (2, D), their counts (D,), and a Counter of the long words."""
     text, _ = read_utf8(*block)
-    shorts, counts, longs = [np.empty((2, 0), np.uint64)], [np.empty(0, np.int64)], Counter()
+    parts, longs = [(np.empty((2, 0), np.uint64), np.empty(0, np.int64))], Counter()
     for piece in slices(text, cut):
         places, is_special = pretokenise(piece, special)
         lengths = np.diff(places, append=len(piece))
         short, long = (lengths <= SHORT) & ~is_special, (lengths > SHORT) & ~is_special
         words = pack(piece, places[short], lengths[short])
         order, starts = bring_together(words)
-        shorts.append(words[:, order[starts]])
-        counts.append(np.diff(starts, append=len(order)))
+        parts.append((words[:, order[starts]], np.diff(starts, append=len(order))))
         longs.update(piece[place:place + length] for place, length in zip(places[long].tolist(), lengths[long].tolist()))
-    return *add_up(np.concatenate(shorts, axis=1), np.concatenate(counts)), longs
+    return *add_up(parts), longs
 
 
 # ------------------------------------------------------------------------------------------------ worker processes
 
 def start_worker(function):
-    """Make `function` a worker's task. Ctrl-C is the parent's to answer; a worker whose parent is gone, killed perhaps, goes too."""
+    """Make `function` a worker's task: it, with a whole tokenizer perhaps, is sent once and not with every task.
+
+    Ctrl-C is the parent's to answer; a worker whose parent is gone, killed perhaps, goes too.
+    """
     global task_of_worker
     task_of_worker = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: multiprocessing.connection.wait([parent]) and os._exit(1), daemon=True).start()
+
+
+def run_task(task):
+    """What a worker does with each task."""
+    return task_of_worker(task)
 
 
 @contextmanager
@@ -284,17 +297,13 @@ def ctrl_c_held_back():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_task(task):
-    return task_of_worker(task)
-
-
 def in_parallel(function, tasks, num_processes):
     """Yield function(task) of each task of a list, in its order, computed by num_processes (0: one for each core; 1: this one).
 
     No more than two results for each process wait to be fetched, so memory does not grow with the tasks. Raises RuntimeError if a worker dies.
     """
     cores = len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
-    num_processes = min(num_processes or cores, len(tasks), 61)  # Windows waits for no more, and one parent feeds no more
+    num_processes = min(num_processes or cores, len(tasks), 61)  # Windows cannot wait for more, and one parent feeds no more
     if num_processes < 2:
         yield from map(function, tasks)
         return
@@ -309,7 +318,7 @@ def in_parallel(function, tasks, num_processes):
             while waiting:
                 yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError("a worker process died, perhaps for lack of memory: try fewer with --num_processes=1") from None
+        raise RuntimeError("a worker process died, perhaps for lack of memory: try --num_processes=1") from None
 
 
 # ----------------------------------------------------------------------------------------------------- 2. training
@@ -317,18 +326,18 @@ def in_parallel(function, tasks, num_processes):
 def count_words(path, specials, stop, num_processes, tell):
     """The distinct words in the first `stop` bytes of a file, with a cell of -1 before, between and after them, (cells,) int32; their counts (W,)."""
     special, cut = special_pattern(specials), cut_pattern(specials)
-    parts, rows, longs, done = [], 0, Counter(), 0
+    parts, held, fresh, longs, done = [], 0, 0, Counter(), 0
     tasks = list(blocks(path, cut, max(map(len, specials), default=0), 0, stop))
     for (*part, long), (_, start, end) in zip(in_parallel(partial(count_block, special, cut), tasks, num_processes), tasks):
         parts.append(part)
         longs.update(long)
-        rows += part[1].size
-        if rows > 1 << 20:  # memory follows the distinct words: add up as soon as a million have come
-            parts = [add_up(*map(np.hstack, zip(*parts)))]
-            rows = -parts[0][1].size
+        fresh += part[1].size
+        if fresh > held + (1 << 20):  # add up when more have come than are held: memory follows the distinct words
+            parts, fresh = [add_up(parts)], 0
+            held = parts[0][1].size
         done += end - start
         tell("counting words", done, stop)
-    words, counts = add_up(*map(np.hstack, zip(*parts)))
+    words, counts = add_up(parts)
     cells, lengths = unpack(words)
     cells = cells.astype(np.int16)
     cells[np.arange(len(cells)), lengths] = -1
@@ -363,7 +372,7 @@ class Segmentation:
         return places[self.first[places + self.lengths[left]] == right]
 
     def merge(self, left, right, new, places):
-        """Put the token `new` for the pair left, right at its places. Returns the pairs that come into being, as pairs() does."""
+        """Put the token `new` in place of the pair left, right at these places. Returns the pairs that come into being, as pairs() does."""
         if left == right:  # in a row of equal tokens, only every second pair can be merged: count from where the row begins
             places = np.sort(places)
             index = np.arange(len(places))
@@ -374,9 +383,9 @@ class Segmentation:
         self.first[places] = new
         self.last[ends - 1] = new
         before, after = self.last[places - 1], self.first[ends]
-        comes, goes = (before >= 0) & (before != new), after >= 0  # where both neighbours are new, the pair comes from the left one alone
-        before, after = before[comes].astype(np.int64), after[goes].astype(np.int64)
-        return np.concatenate((before << 32 | new, after | new << 32)), np.concatenate((places[comes] - self.lengths[before], places[goes]))
+        has_before, has_after = (before >= 0) & (before != new), after >= 0  # of two new tokens side by side, the left one tells their pair
+        before, after = before[has_before].astype(np.int64), after[has_after].astype(np.int64)
+        return np.concatenate((before << 32 | new, after | new << 32)), np.concatenate((places[has_before] - self.lengths[before], places[has_after]))
 
 
 def group_pairs(pairs, places):
@@ -410,20 +419,20 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     specials = [token for token in specials if token not in vocab]
     target = min(vocab_size - len(specials), 256 + len(cells))  # each merge takes away a token at least: there can be no more
     merges, heap = [], []
-    text = Segmentation(cells, np.ones(target, np.intp))
-    word = np.cumsum(text.first < 0, dtype=np.int32) - 1  # the word that each cell belongs to
-    descending = [chr(255 - byte) + "\u0100" for byte in range(256)]  # strings that sort in the opposite order of the tokens' bytes
+    corpus = Segmentation(cells, np.ones(target, np.intp))
+    word_of = np.cumsum(corpus.first < 0, dtype=np.int32) - 1  # (N,) the number of the word that each cell belongs to
+    descending = [chr(255 - byte) + "\u0100" for byte in range(256)]  # strings that sort in the opposite order of the tokens' bytes; the end mark puts "ab" before "a"
 
     def watch(pairs, places, floor):
         """Put the pairs that occur `floor` times or more on the heap (0: an eighth as often as the most frequent one, or more); return floor."""
         pairs, starts, places = group_pairs(pairs, places)
-        occur = np.add.reduceat(counts[word[places]], starts)
+        occur = np.add.reduceat(counts[word_of[places]], starts)
         floor = floor or max(1, int(occur.max(initial=0)) // 8)
         often = (occur >= floor).nonzero()[0]
         for i, pair, n in zip(often.tolist(), pairs[often].tolist(), occur[often].tolist()):
             left, right = divmod(pair, 1 << 32)
-            stop = starts[i + 1] if i + 1 < len(starts) else len(places)
-            heapq.heappush(heap, (-n, descending[left], descending[right], left, right, places[starts[i]:stop]))
+            end = starts[i + 1] if i + 1 < len(starts) else len(places)
+            heapq.heappush(heap, (-n, descending[left], descending[right], left, right, places[starts[i]:end]))
         return floor
 
     # Once a pair has come into being its count can only fall. So a count on the heap is an upper bound that is made true when it comes to the
@@ -431,12 +440,12 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     # are used up: leaving them out makes 10,000 merges 1.7 times as fast.
     while len(vocab) < target:
         if not heap:
-            floor = watch(*text.pairs(), 0)
+            floor = watch(*corpus.pairs(), 0)
             if not heap:
                 break  # every word is one token
         bound, _, _, left, right, places = heapq.heappop(heap)
-        places = text.still_there(left, right, places)
-        occurs = int(counts[word[places]].sum())
+        places = corpus.still_there(left, right, places)
+        occurs = int(counts[word_of[places]].sum())
         if occurs < -bound:
             if occurs >= floor:
                 heapq.heappush(heap, (-occurs, descending[left], descending[right], left, right, places))
@@ -445,8 +454,8 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
         merges.append((vocab[left], vocab[right]))
         vocab.append(vocab[left] + vocab[right])
         descending.append(descending[left][:-1] + descending[right])
-        text.lengths[new] = len(vocab[new])
-        watch(*text.merge(left, right, new, places), floor)
+        corpus.lengths[new] = len(vocab[new])
+        watch(*corpus.merge(left, right, new, places), floor)
         tell("merging pairs", len(merges), target - 256)
     return dict(enumerate(vocab + specials)), merges
 
@@ -569,15 +578,16 @@ class Tokenizer:
                                  "each part must be a byte or made by an earlier merge, and the whole must have an id")
             made.add(left + right)
         self.byte_ids = np.array([ids[bytes([byte])] for byte in range(256)])
-        self.pairs = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
-        if len(set(self.pairs)) < len(self.pairs):
-            raise ValueError(f"{len(self.pairs) - len(set(self.pairs))} merges stand twice")
-        left, right, self.merged = np.array(self.pairs, np.int64).reshape(-1, 3).T
+        self.triples = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
+        if len(set(self.triples)) < len(self.triples):
+            raise ValueError(f"{len(self.triples) - len(set(self.triples))} merges stand twice")
+        left, right, self.merged = np.array(self.triples, np.int64).reshape(-1, 3).T
         keys = np.append(left << 32 | right, 2 ** 63 - 1)  # a last one that no pair has: looking up never falls off the end
-        order = np.argsort(keys)
-        self.keys, self.ranks = keys[order], np.append(np.arange(len(self.pairs)), NEVER)[order]
-        self.slots = np.full((4 << len(keys).bit_length(), 2), -2)  # a table of ranks: most pairs, each in the slot that its hash names
-        self.slots[self.slot(keys)] = np.stack((self.keys, self.ranks), axis=1)[np.argsort(order)]
+        order, ranks = np.argsort(keys), np.append(np.arange(len(self.triples)), NEVER)
+        self.keys, self.ranks = keys[order], ranks[order]
+        # A hash table of pairs and ranks: most of them, each in the slot that its hash names. -2 is no pair, not even one with a cell of -1.
+        self.slots = np.full((4 << len(keys).bit_length(), 2), -2)
+        self.slots[self.slot(keys)] = np.stack((keys, ranks), axis=1)
         self.rank_of_bytes = self.rank(self.byte_ids[:, None] << 32 | self.byte_ids).astype(np.int32)  # (256, 256)
         self.lengths = np.array([len(self.vocab[number]) for number in range(len(self.vocab))])
         self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
@@ -672,34 +682,35 @@ class Tokenizer:
     def merge_words(self, words, lengths):
         """The token ids of W short words, one word after another, and how many each has: in a round, every word's pair of lowest rank is merged.
 
-        words: (W, n) uint8, their bytes and then anything. lengths: (W,). Word by word in plain Python a word takes 10 microseconds, so 1.
+        words: (W, n) uint8, their bytes and then anything. lengths: (W,), up to 128. One word after another in plain Python takes 10 microseconds
+        a word, this 1.
         """
-        bytes_of, (W, n) = np.ascontiguousarray(words.T), words.shape
+        W, n = words.shape
+        columns = np.ascontiguousarray(words.T)  # (n, W)
         inside = np.arange(n)[:, None] < lengths
-        row = np.arange(n + 2)[:, None]
-        # A column a word, with cells as in Segmentation. key: the rank of the pair whose left token begins there, and the row.
-        first, key = np.full((n + 2, W), -1, np.int32), np.full((n + 2, W), NEVER, np.int64)
-        first[1:-1] = np.where(inside, self.byte_ids[bytes_of], -1)
-        key[1:-2] = np.where(inside[1:], self.rank_of_bytes[bytes_of[:-1], bytes_of[1:]], NEVER)
-        key = key << 8 | row
-        last, final = first.ravel().copy(), first
-        first, flat_key, size = first.ravel(), key.ravel(), self.lengths * W  # flat: the cell below is W further
+        # A column a word, with cells as in Segmentation. key: rank << 8 | row of the pair whose left token begins there, so that the least key of
+        # a column is its pair of lowest rank, and of equals the first.
+        cells, key = np.full((n + 2, W), -1, np.int32), np.full((n + 2, W), NEVER, np.int64)
+        cells[1:-1] = np.where(inside, self.byte_ids[columns], -1)
+        key[1:-2] = np.where(inside[1:], self.rank_of_bytes[columns[:-1], columns[1:]], NEVER)
+        key = key << 8 | np.arange(n + 2)[:, None]
+        first, last, flat_key, size = cells.ravel(), cells.ravel().copy(), key.ravel(), self.lengths * W  # flat: the cell below is W further
         while True:
             least = key.min(axis=0)
             word = np.flatnonzero(least < NEVER << 8)
             if not len(word):
                 break
-            least = least[word]
-            new, place = self.merged[least >> 8], (least & 255) * W + word
+            new, row = self.merged[least[word] >> 8], least[word] & 255
+            place = row * W + word
             middle, end = place + size[first[place]], place + size[new]
             first[middle], flat_key[middle] = -1, NEVER << 8
             first[place] = last[end - W] = new
             before, after = last[place - W], first[end]
-            flat_key[place] = self.rank(new << 32 | after) << 8 | least & 255
+            flat_key[place] = self.rank(new << 32 | after) << 8 | row
             held = np.flatnonzero(before >= 0)
             before = before[held].astype(np.int64)
-            flat_key[place[held] - size[before]] = self.rank(before << 32 | new[held]) << 8 | (least[held] & 255) - self.lengths[before]
-        return final.T[final.T >= 0].astype(self.dtype), (final >= 0).sum(axis=0)
+            flat_key[place[held] - size[before]] = self.rank(before << 32 | new[held]) << 8 | (row[held] - self.lengths[before])
+        return cells.T[cells.T >= 0].astype(self.dtype), (cells >= 0).sum(axis=0)
 
     def merge_long(self, word):
         """The token ids of a long word, as bytes: rank by rank, all places of a pair at once, O(n log n) where round by round is O(n^2)."""
@@ -716,7 +727,7 @@ class Tokenizer:
         watch(*text.pairs())
         while heap:
             rank = heapq.heappop(heap)
-            left, right, new = self.pairs[rank]
+            left, right, new = self.triples[rank]
             watch(*text.merge(left, right, new, text.still_there(left, right, np.concatenate(places_of.pop(rank)))))
         return text.first[text.first >= 0].astype(self.dtype).tobytes()
 
@@ -736,7 +747,8 @@ class Tokenizer:
     def encode_bytes(self, text):
         """The token ids of valid UTF-8, (tokens,) of self.dtype."""
         ids, rest = [np.empty(0, self.dtype)], slices(text, self.cut)
-        while some := list(islice(rest, max(1, BLOCK // SLICE) if len(self.table.pool) else 1)):  # the first slice teaches most words to the rest
+        # Eight slices share one merge of new words; the very first goes alone, for it teaches the table most words of the rest.
+        while some := list(islice(rest, 8 if len(self.table.pool) else 1)):
             ids += self.encode_slices(some)
         return np.concatenate(ids)
 
@@ -744,6 +756,8 @@ class Tokenizer:
         """The token ids of each of some slices: words are looked up in the table, and what it lacks is merged, that of all slices in one go."""
         if len(self.table.pool) > 8 << SLOT_BITS:
             self.table.clear()
+        # One entry a slice. found: where each word's ids begin in the table's pool and how many they are, (2, words). new: the index of each word
+        # that the table lacks, and these words packed. others: the same for long words and special tokens, as bytes.
         found, new, others = [], [], []
         for text in texts:
             places, is_special = pretokenise(text, self.special)
@@ -751,10 +765,11 @@ class Tokenizer:
             short, other = np.flatnonzero((lengths <= SHORT) & ~is_special), np.flatnonzero((lengths > SHORT) | is_special)
             words, where = pack(text, places[short], lengths[short]), np.empty((2, len(places)), np.intp)
             where[:, short], known = self.table.find(words)
-            found.append(where)  # of every word: where its ids begin in the table's pool, and how many they are
+            found.append(where)
             new.append((short[~known], words[:, ~known]))
             others.append((other, [text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())]))
 
+        # Merge each distinct new word once, and hand the place of its ids to all its occurrences.
         words = np.hstack([words for _, words in new])
         order, starts = bring_together(words)
         distinct = words[:, order[starts]]
@@ -764,7 +779,7 @@ class Tokenizer:
         of_new[:, order] = np.repeat(learnt, np.diff(starts, append=len(order)), axis=1)
         encoded = self.ids_of_words([word for _, words in others for word in words])
         of_others = self.table.add(np.frombuffer(b"".join(encoded), self.dtype), np.array([len(ids) for ids in encoded], np.intp) // self.dtype.itemsize)
-        for where, (at, _), (others_at, _) in zip(found, new, others):
+        for where, (at, _), (others_at, _) in zip(found, new, others):  # each slice takes the next columns of both
             where[:, at], of_new = np.split(of_new, [len(at)], axis=1)
             where[:, others_at], of_others = np.split(of_others, [len(others_at)], axis=1)
         return [self.table.gather(*where) for where in found]
@@ -926,7 +941,7 @@ def only_run_in(folder):
 # ------------------------------------------------------------------------------------------------- the main program
 
 class Report:
-    """Seconds for each phase of the work, and on a terminal a line that says how far the present one is."""
+    """Seconds for each phase of the work, malformed places, and on a terminal a line that says how far the present phase is."""
 
     def __init__(self):
         self.seconds, self.malformed, self.phase, self.since, self.shown = {}, 0, None, time.perf_counter(), 0.0
@@ -961,7 +976,7 @@ def standard_library(path):
 
 
 def start_of_held_out(path, specials):
-    """Where the last documents of a file begin, a twentieth of it but 10 MB at most: after a special token, or where there is none between two words."""
+    """Where the last documents of a file begin, a twentieth of it but 10 MB at most: after a special token or, if there is none, between two words."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.seek(size - min(size // 20, 10_000_000))
@@ -1024,7 +1039,7 @@ def main():
             if val_data:
                 val_tokens = tokenizer.encode_file(val_data, val_bin, num_processes, tell=report)
             else:
-                val_tokens = tokenizer.encode_file(text, val_bin, num_processes, train_stop, size)
+                val_tokens = tokenizer.encode_file(text, val_bin, num_processes, train_stop, size, report)
             tokenizer.save(folder)  # now all four files are there, and take their places together
         report.clear()
 

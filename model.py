@@ -22,7 +22,7 @@ from torch import nn
 
 from bpe import configure, one_line_errors, require
 
-# the model's shape
+# the model to account for, as soon as any flag is given; without one, GPT-2's sizes
 vocab_size = 10000          # tokens in the vocabulary
 context_length = 256        # tokens that the model sees at once
 num_layers = 4              # Transformer blocks
@@ -31,7 +31,7 @@ num_heads = 16              # attention heads; they must divide d_model
 d_ff = 0                    # width of the feed-forward networks; 0: about 8/3 d_model, or 4 d_model with --swiglu=False
 swiglu = True               # False: ungated feed-forward networks w2(silu(w1 x))
 tie_embeddings = False      # one matrix for the token embeddings and the output head
-# training it
+# the training to account for
 batch_size = 1024           # sequences per optimiser step
 steps = 400000              # optimiser steps
 memory_gb = 80.0            # the device's memory, GB
@@ -50,7 +50,9 @@ def at_least_float32(x):
 def truncated_normal(*shape, std, device=None, dtype=None):
     """A parameter drawn from N(0, std^2), cut at 3 standard deviations."""
     weight = torch.empty(shape, device=device, dtype=dtype)
-    return nn.Parameter(weight if weight.is_meta else nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std))   # "meta" has shapes only
+    if not weight.is_meta:   # a tensor with a shape only, as the accounting below uses it
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+    return nn.Parameter(weight)
 
 
 class Linear(nn.Module):
@@ -117,9 +119,9 @@ class SiLUFeedForward(nn.Module):
 
 
 class RotaryPositionalEmbedding(nn.Module):
-    """Turn each pair (x[2k], x[2k+1]) by the angle position * theta^(-2k / d_k), so that q . k depends on the distance of their positions alone.
+    """Turn each pair (x[2k], x[2k+1]) by the angle position * theta^(-2k / d_k): of the positions, only their distance then enters q . k.
 
-    x (..., T, d_k) and token_positions (..., T) -> (..., T, d_k). Raises ValueError for an odd d_k (Su et al. 2021, eq. 15 and 34).
+    x (..., T, d_k) and token_positions (..., T) -> (..., T, d_k); Su et al. 2021, eq. 15 and 34. Raises ValueError for an odd d_k.
     """
 
     def __init__(self, theta, d_k, max_seq_len):
@@ -129,8 +131,9 @@ class RotaryPositionalEmbedding(nn.Module):
         frequencies = theta ** -(torch.arange(0, d_k, 2).double() / d_k)                          # (d_k / 2)
         angles = torch.arange(max_seq_len).double()[:, None] * frequencies.repeat_interleave(2)   # (max_seq_len, d_k)
         quarter_turn = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * (d_k // 2))  # (a, b) -> (-b, a) in every pair
-        for name, table in dict(cos=angles.cos().float(), sin=angles.sin().float(), quarter_turn=quarter_turn).items():
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.register_buffer("quarter_turn", quarter_turn, persistent=False)
 
     def forward(self, x, token_positions):
         cos, sin = self.cos[token_positions], self.sin[token_positions]   # (..., T, d_k)
@@ -166,14 +169,16 @@ def causal_attention(q, k, v, blocks=4):
     The obvious version is one scaled_dot_product_attention under a triangular mask. Here each block of queries meets only the keys up to its own
     end: 5/8 of the scores, in pieces that fit the cache, take under half the time at T = 256 on a CPU.
     """
-    size = -(-q.size(-2) // blocks)
+    size = (q.size(-2) + blocks - 1) // blocks   # queries in a block, rounded up
     queries, keys, values = (x.split(size, dim=-2) for x in (q, k, v))
-    heads = []
-    for i, block in enumerate(queries):
-        seen = torch.cat(keys[:i + 1], dim=-2), torch.cat(values[:i + 1], dim=-2)   # the gradient of slices k[..., :end, :] would compile into slower loops
-        mask = torch.ones(block.size(-2), seen[0].size(-2), dtype=torch.bool, device=q.device).tril(i * size)   # (T_block, T_seen)
-        heads.append(scaled_dot_product_attention(block, *seen, mask))
-    return torch.cat(heads, dim=-2)
+    outputs = []
+    for i, block in enumerate(queries):   # (..., T_block, d_k)
+        # The gradient of slices k[..., :end, :] would compile into slower loops than these.
+        seen_keys, seen_values = torch.cat(keys[:i + 1], dim=-2), torch.cat(values[:i + 1], dim=-2)   # (..., T_seen, d_k)
+        # The block's first query stands at position i * size, where the triangle's diagonal therefore begins: (T_block, T_seen).
+        mask = torch.ones(block.size(-2), seen_keys.size(-2), dtype=torch.bool, device=q.device).tril(i * size)
+        outputs.append(scaled_dot_product_attention(block, seen_keys, seen_values, mask))
+    return torch.cat(outputs, dim=-2)
 
 
 class KVCache:
@@ -245,12 +250,13 @@ class TransformerBlock(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target], in nats: logits (..., V), targets (...) of class ids -> scalar."""
+    """Mean of -log softmax(logits)[target] = log(sum(exp(logits))) - logits[target], in nats: logits (..., V), targets (...) -> scalar."""
     logits = at_least_float32(logits)
     shifted = logits - logits.amax(-1, keepdim=True).detach()   # neither overflow at large logits nor log(0) at small ones
     # The target's logit is picked by a comparison that fuses with the sums; shifted.gather would spend a tenth of a training step on its gradient.
-    of_target = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]   # (..., V)
-    return (shifted.exp().sum(-1).log() - torch.where(of_target, shifted, 0).sum(-1)).mean()
+    is_target = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]   # (..., V)
+    of_target = torch.where(is_target, shifted, 0).sum(-1)                                  # (...)
+    return (shifted.exp().sum(-1).log() - of_target).mean()
 
 
 def default_d_ff(d_model, swiglu=True):
@@ -303,7 +309,7 @@ class TransformerLM(nn.Module):
         return self.lm_head(self.ln_final(x if cache is None else x[:, -1:]))
 
     def head_loss(self, x, targets):
-        """Mean cross-entropy of the logits that follow from hidden states x (B, T, D)."""
+        """Mean cross-entropy of the logits that follow from hidden states x (B, T, D): a function of its own, so that compile_parts can fuse it."""
         return cross_entropy(self.lm_head(self.ln_final(x)), targets)
 
     def loss(self, token_ids, targets):
@@ -311,7 +317,7 @@ class TransformerLM(nn.Module):
         return self.head_loss(self.hidden_states(token_ids), targets)
 
     def compile_parts(self):
-        """Let torch.compile fuse each block, and the head with its loss, from their next call on.
+        """From their next call on, run each block, and the head with its loss, as code that torch.compile has fused.
 
         All blocks share one compilation, so four of them take 31 s rather than the 50 s of torch.compile(model.loss), and run as fast.
         """
@@ -322,7 +328,7 @@ class TransformerLM(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
-CRC_OF_WHOLE = 0x2144DF1C   # the CRC-32 of any bytes with their own CRC-32 behind them: so ends a checkpoint
+CRC_OF_WHOLE = 0x2144DF1C   # what CRC-32 gives for any bytes with their own CRC-32 behind them, as a checkpoint has it
 
 
 def read_checkpoint(src):
@@ -335,30 +341,34 @@ def read_checkpoint(src):
         begin, total = file.tell(), 0
         while part := file.read(1 << 20):
             total = zlib.crc32(part, total)
+        file.seek(begin)
         try:
-            if total != CRC_OF_WHOLE:
-                raise ValueError(total)
-            file.seek(begin)
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            if not {"model", "optimizer", "iteration"} <= saved.keys():
-                raise ValueError(saved.keys())
-        except Exception:  # torch and pickle have many ways to say that
-            raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, or is no checkpoint of train.py") from None
+            saved = torch.load(file, map_location="cpu", weights_only=True) if total == CRC_OF_WHOLE else {}
+        except MemoryError:
+            raise
+        except Exception:  # torch and pickle have many ways to say that a file is foreign
+            saved = {}
+    if not (isinstance(saved, dict) and {"model", "optimizer", "iteration"} <= saved.keys()):
+        raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, or is no checkpoint of train.py")
     return saved
 
 
 # ------------------------------------------------------------------------------------------------ resource accounting
 # Counted on models of the "meta" device, whose tensors have shapes but no memory. Handout, sections 3.6 (FLOPs) and 4.3 (AdamW).
 
+# The first mark that occurs in a parameter's name tells the part: "_proj" stands before "attn", in which q_proj lies.
 COMPONENTS = {"token embeddings": "token_embeddings", "projections": "_proj", "attention core": "attn", "FFN": "ffn", "RMSNorm": "ln", "LM head": "lm_head"}
 GPT2 = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "XL": (48, 1600, 25)}   # layers, d_model, heads
 GB, GFLOP, TFLOP, DAY = 1e9, 1e9, 1e12, 24 * 60 * 60
 
 
 def meta_model(*shape, **switches):
-    """A TransformerLM without memory or values, to count on. It goes without RoPE, which has neither parameters nor matrix products."""
+    """A TransformerLM without memory or values, to count on.
+
+    It goes without RoPE, which has neither parameters nor matrix products, and whose arithmetic on this device would load more of torch for a second.
+    """
     with torch.device("meta"):
-        return TransformerLM(*shape, rope=False, **switches)   # arithmetic on this device would load another second's worth of torch
+        return TransformerLM(*shape, rope=False, **switches)
 
 
 def gpt2(size, context_length=1024, **switches):
@@ -391,7 +401,7 @@ def matrix_products(model):
             d_out, d_in = module.weight.shape
             found = {name: (1, T, d_in, d_out)}
         elif isinstance(module, MultiHeadSelfAttention):
-            heads, d_k = module.num_heads, module.q_proj.weight.size(0) // module.num_heads
+            heads, d_k = module.num_heads, module.d_k
             found = {name + " q k^T": (heads, T, d_k, T), name + " weights v": (heads, T, T, d_k)}
         else:
             continue
@@ -407,7 +417,7 @@ def flops(times, m, k, n):
 
 
 def forward_flops(model):
-    """The FLOPs of each component in a forward pass over one full context, a dict. Only matrix products count; the rest is under 1 %."""
+    """The FLOPs of each component in a forward pass over one full context, a dict. Only matrix products count; the rest is under 1 % in GPT-2."""
     counts = {}
     for name, product in matrix_products(model).items():
         counts[component(name)] = counts.get(component(name), 0) + flops(*product)
@@ -485,7 +495,7 @@ def print_training(model, batch_size, steps, memory, flops_per_second):
     """Print what training a model takes: AdamW's memory, the FLOPs of a step, and days."""
     layers, gated = len(model.layers), isinstance(model.layers[0].ffn, SwiGLU)
     tied = model.lm_head.weight is model.token_embeddings.weight
-    (D, V), F = reversed(model.token_embeddings.weight.shape), model.layers[0].ffn.w1.weight.size(0)
+    (V, D), F = model.token_embeddings.weight.shape, model.layers[0].ffn.w1.weight.size(0)
     total, state, each = sum(parameters(model).values()), sum(adamw_memory(model, 0).values()), adamw_memory(model, 1)["activations"]
     step = training_flops(model) * model.context_length * batch_size
     print(f"AdamW in float32, a batch of B sequences; {'gated' if gated else 'ungated'}, {'tied' if tied else 'untied'}, "
@@ -504,19 +514,19 @@ def main():
     configure(globals())
     for name in ("batch_size", "steps", "memory_gb", "peak_tflops", "mfu"):
         require(globals()[name] > 0, f"--{name}={globals()[name]}: must be above 0")
-    hardware = batch_size, steps, memory_gb * GB, peak_tflops * TFLOP * mfu
+    training = batch_size, steps, memory_gb * GB, peak_tflops * TFLOP * mfu
     if len(sys.argv) > 1:
         model = meta_model(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu=swiglu, tie_embeddings=tie_embeddings)
         print_model(model)
         print()
-        print_training(model, *hardware)
+        print_training(model, *training)
     else:
         print("GPT-2 XL with a gated feed-forward network\n")
         print_model(gpt2("XL"))
         print()
         print_family()
         print()
-        print_training(gpt2("XL", swiglu=False), *hardware)
+        print_training(gpt2("XL", swiglu=False), *training)
 
 
 if __name__ == "__main__":

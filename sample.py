@@ -30,7 +30,7 @@ out_dir = "out"        # run folder that train.py wrote
 prompt = ""            # text to continue; "-": standard input, "@file": a file's text; empty: start a new document
 num_samples = 1        # texts to generate, all as one batch
 max_new_tokens = 256   # tokens per text, unless <|endoftext|> comes first
-temperature = 0.8      # divides the logits: below 1 bolder, above 1 wilder; 0: always the likeliest token
+temperature = 0.8      # divides the logits: below 1 safer, above 1 wilder; 0: always the likeliest token
 top_k = 50             # choose among this many likeliest tokens; 0: among all
 top_p = 0.95           # choose among the fewest likeliest tokens whose probabilities reach this sum; 1: among all
 seed = 0               # of the random choices
@@ -50,10 +50,10 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples):
 
 
 def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The tokens that may come next: their probabilities, which sum to 1, and their ids, two tensors (..., n); logits (..., V).
+    """The next token's probabilities and the ids that they belong to, two tensors (..., n); logits (..., V).
 
-    Those of the top_k largest logits (of all, if 0); of these the smallest set whose probabilities reach top_p (nucleus sampling, Holtzman et
-    al. 2019, eq. 2); temperature 0 leaves the likeliest alone.
+    Kept are the top_k largest logits (all, if 0), divided by temperature; of these the smallest set whose probabilities reach top_p (nucleus
+    sampling, Holtzman et al. 2019, eq. 2) shares the whole, and the others have 0. Temperature 0 keeps the likeliest alone.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
@@ -64,6 +64,7 @@ def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     else:
         ids = torch.arange(logits.size(-1), device=logits.device).expand(logits.shape)
     wide = logits if logits.device.type == "mps" else logits.double()   # float64, so that the sums meet top_p where they should; MPS has none
+    # The maximum goes before the division: a tiny temperature would make inf - inf of it.
     probabilities = softmax((wide - wide.amax(-1, keepdim=True)) / temperature, -1)
     if top_p < 1:
         likelier = probabilities.cumsum(-1) - probabilities   # the sum over all tokens before this one: 0 for the first, which always stays
@@ -77,12 +78,12 @@ class StreamedLinear(nn.Module):
     """A Linear for few vectors at a time, where the time goes into reading the weights; x (..., in_features) -> (..., out_features).
 
     The product of a matrix and one vector runs on one core (in the BLAS that torch brings), at a third of the memory's speed. Cut into blocks of
-    outputs, each stored transposed, it is several products side by side: both cores read, at some 85 % of it.
+    outputs, each stored transposed, it is several products side by side: all cores read, two of them at 85 % of that speed.
     """
 
     def __init__(self, weight):
         super().__init__()
-        blocks = math.gcd(weight.size(0), 2 * torch.get_num_threads())
+        blocks = math.gcd(weight.size(0), 2 * torch.get_num_threads())   # of equal size, up to two a core; a V such as 50,257 stays one block
         self.weight = weight.detach().unflatten(0, (blocks, -1)).transpose(1, 2).contiguous()   # (blocks, in_features, out_features / blocks)
 
     def forward(self, x):
@@ -91,9 +92,10 @@ class StreamedLinear(nn.Module):
 
 
 def streamed(model):
-    """A copy of the model with a StreamedLinear for each Linear; everything else is shared, not copied."""
-    parts = [module for module in model.modules() if not [*module.children()]]
-    return copy.deepcopy(model, {id(part): StreamedLinear(part.weight) if isinstance(part, Linear) else part for part in parts})
+    """A copy of the model with a StreamedLinear, which holds weights of its own, for each Linear; all other weights are shared."""
+    leaves = [module for module in model.modules() if not [*module.children()]]
+    # deepcopy takes from its second argument what stands there under an object's id, and copies the rest.
+    return copy.deepcopy(model, {id(leaf): StreamedLinear(leaf.weight) if isinstance(leaf, Linear) else leaf for leaf in leaves})
 
 
 @torch.inference_mode()
@@ -102,8 +104,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
 
     Ends after max_new_tokens, or before that at end_id, which is not yielded; of several samples, one that has ended goes on as end_id until all
     have. temperature, top_k and top_p: see candidates. An empty prompt starts from end_id; of one longer than the context, the end counts.
-    When the context is full, the older half is dropped and the rest read anew. Random choices come from torch's global generator.
-    Raises ValueError for a value out of range (handout, section 6).
+    When the context is full, the older half is dropped and the rest read anew: dropping one token at a time would mean that for each. Random choices come from torch's global generator.
+    Raises ValueError, when the first id is asked for, if a value is out of range. Handout, section 6.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)
     window = [*prompt_ids][-model.context_length:] or [end_id]   # what the model sees
@@ -149,10 +151,10 @@ def surprise(model, ids):
 def score_text(model, tokenizer, text, end_id):
     """How well the model predicts a text, as one line. Bits per byte compare models whatever their tokenizers."""
     ids = ([] if end_id is None else [end_id]) + tokenizer.encode(text)   # the first token of a document follows the end of another
-    require(len(ids) > 1, "the text to score is empty")
+    require(len(ids) > 1, "the text to score has no token that follows another")
     total, shown = 0.0, time.monotonic()
-    for done, nats in enumerate(surprise(model, ids), 1):
-        total += nats
+    for done, loss in enumerate(surprise(model, ids), 1):
+        total += loss
         if sys.stderr.isatty() and time.monotonic() > shown + 1:
             shown = time.monotonic()
             print(f"\r{done / (len(ids) - 1):4.0%} scored", end="\r", file=sys.stderr, flush=True)

@@ -188,7 +188,7 @@ def test_short_words_survive_being_packed_into_numbers():
     packed = bpe.pack(b"".join(words), np.cumsum(lengths) - lengths, lengths)
     unpacked = lambda numbers: [bytes(cells[:length]) for cells, length in zip(*bpe.unpack(numbers))]
     assert unpacked(packed) == words
-    distinct, counts = bpe.add_up(packed, np.ones(len(words), np.int64))
+    distinct, counts = bpe.add_up([(packed, np.ones(len(words), np.int64))])
     assert dict(zip(unpacked(distinct), counts.tolist())) == Counter(words)
 
 
@@ -230,7 +230,7 @@ def test_malformed_utf8_counts_as_replacement_characters_wherever_it_is_cut(tmp_
 
 def test_a_count_beyond_32_bits_does_not_overflow():
     cells = np.array([-1, *b"ab", -1, *b"cd", -1], np.int32)
-    words, counts = bpe.add_up(np.array([[1, 1, 2], [1, 1, 2]], np.uint64), np.array([2 ** 33, 2 ** 34, 5]))
+    words, counts = bpe.add_up([(np.array([[1, 1, 2], [1, 1, 2]], np.uint64), np.array([2 ** 33, 2 ** 34, 5]))])
     assert sorted(counts.tolist()) == [5, 2 ** 33 + 2 ** 34] and cells.size == 7
 
 
