@@ -57,10 +57,10 @@ rope = True             # False: no positions at all (NoPE)
 swiglu = True           # False: ungated feed-forward networks w2(silu(w1 x))
 tie_embeddings = False  # one matrix for the token embeddings and the output head
 # learning
-residual_gain = 0.1     # times the initial output matrices of attention and feed-forward network: each block begins close to the identity
+residual_gain = 1.0     # times the initial output matrices of attention and feed-forward network: below 1, a block begins close to the identity
 optimizer = "adamw"     # adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest
 lr = 3e-3               # AdamW's peak learning rate
-embedding_scale = 10.0  # times lr for the token embeddings, most of whose rows are seen rarely; tied ones learn at lr
+embedding_scale = 1.0   # times lr for the token embeddings, most of whose rows are seen rarely; Muon likes 30, AdamW 1; tied ones learn at lr
 muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in step with lr
 min_lr = 3e-5           # where lr ends
 warmup_steps = 50       # steps of linear warm-up from 0 to lr
@@ -285,16 +285,21 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_addcdiv_(p, m, denominator, -group["lr"] * unbias2 / unbias1)
 
 
-def orthogonalise(matrices, dtype=torch.float32):
-    """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T with most singular values within 0.7 and 1.2 (Jordan et al. 2024).
+# Of all odd polynomials a s + b s^3 + c s^5 the first is the nearest to 1 on [0.004, 1], and each next one on what the one before makes of that
+# interval, widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four bring about what five equal ones did (Jordan et
+# al. 2024), in four fifths of the time.
+NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476), (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
-    Five Newton-Schulz steps: each turns every singular value s into a s + b s^3 + c s^5, which drives them towards 1, by products (in `dtype`) alone.
+
+def orthogonalise(matrices, dtype=torch.float32):
+    """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T, with singular values above 0.004 |S| between 0.7 and 1.3.
+
+    Newton-Schulz steps: each turns every singular value s into a s + b s^3 + c s^5, which drives them towards 1, by products (in `dtype`) alone.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices
+    x = matrices.mT if tall else matrices   # the wide form, for the smaller Gram matrix
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(5):
+    for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
@@ -842,7 +847,8 @@ def main():
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(status)   # gloo's threads have been seen to abort a process that shuts the interpreter down
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
