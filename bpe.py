@@ -421,7 +421,8 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     merges, heap = [], []
     corpus = Segmentation(cells, np.ones(target, np.intp))
     word_of = np.cumsum(corpus.first < 0, dtype=np.int32) - 1  # (N,) the number of the word that each cell belongs to
-    descending = [chr(255 - byte) + "\u0100" for byte in range(256)]  # strings that sort in the opposite order of the tokens' bytes; the end mark puts "ab" before "a"
+    # Strings that sort in the opposite order of the tokens' bytes; the mark at their end puts "ab" before "a".
+    descending = [chr(255 - byte) + "\u0100" for byte in range(256)]
 
     def watch(pairs, places, floor):
         """Put the pairs that occur `floor` times or more on the heap (0: an eighth as often as the most frequent one, or more); return floor."""

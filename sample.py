@@ -104,7 +104,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
 
     Ends after max_new_tokens, or before that at end_id, which is not yielded; of several samples, one that has ended goes on as end_id until all
     have. temperature, top_k and top_p: see candidates. An empty prompt starts from end_id; of one longer than the context, the end counts.
-    When the context is full, the older half is dropped and the rest read anew: dropping one token at a time would mean that for each. Random choices come from torch's global generator.
+    When the context is full, the older half is dropped and the rest read anew: dropping one token at a time would mean that for each.
+    Random choices come from torch's global generator.
     Raises ValueError, when the first id is asked for, if a value is out of range. Handout, section 6.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)

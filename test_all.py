@@ -1353,8 +1353,6 @@ def test_what_is_wrong_is_said_in_one_line(run_folder, tmp_path):
 
 # ------------------------------------------------------------------------------------------- the questions about Unicode
 
-# ------------------------------------------------------------------------------------------------------- Unicode
-
 def test_chr_0_is_seen_in_its_repr_and_printed_as_itself(capsys):
     assert repr(chr(0)) == r"'\x00'"
     print(chr(0), end="")
@@ -1407,7 +1405,6 @@ def test_most_pairs_of_bytes_with_the_upper_bit_set_decode_to_nothing():
 
 
 def test_every_token_is_at_least_one_byte_so_a_foreign_tokenizer_gives_at_least_one_byte_a_token(tmp_path):
-    from bpe import Tokenizer, train_bpe
     (tmp_path / "english.txt").write_text("the cat sat on the mat and the dog sat on the cat " * 9)
     vocab, merges = train_bpe(tmp_path / "english.txt", 280, [])
     tokenizer = Tokenizer(vocab, merges)
@@ -1575,8 +1572,7 @@ def test_bad_flags_of_bpe_py_are_refused_by_name_in_one_line(tmp_path, monkeypat
     (tmp_path / "text.txt").write_text("some words to learn " * 50)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bpe.py", *words.split()])
-    for name, value in dict(data="text.txt").items():
-        monkeypatch.setattr(bpe, name, value)
+    monkeypatch.setattr(bpe, "data", "text.txt")
     for name in bpe.flags_of(ROOT / "bpe.py"):   # so that what configure sets is taken back
         monkeypatch.setattr(bpe, name, getattr(bpe, name))
     with pytest.raises(SystemExit) as end, bpe.one_line_errors():

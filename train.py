@@ -486,7 +486,8 @@ def draw_curves(logs, path):
         text(x + 30, y, name if len(name) < 30 else "..." + name[-27:], "start")
     with replacing(path) as temporary:
         temporary.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + height + 60}" '
-                             'font-family="sans-serif" font-size="12"><style>.grid{stroke:#ddd}</style><rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n",
+                             'font-family="sans-serif" font-size="12"><style>.grid{stroke:#ddd}</style>'
+                             '<rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n",
                              encoding="utf-8")
 
 
@@ -562,8 +563,9 @@ def check_memory(vocab_size, share, place):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return
-    state = 16 * d_model * (vocab_size + num_layers * (4 * d_model + 2 * (d_ff or default_d_ff(d_model, swiglu))))   # bytes of weights, gradients and AdamW's two moments
-    batch = 2 * share * context_length * (vocab_size + 8 * num_layers * d_model)  # bytes of logits and of each block's projections, in bfloat16
+    # At least: 16 bytes a parameter for weights, gradients and AdamW's two moments; the logits and each block's projections in bfloat16.
+    state = 16 * d_model * (vocab_size + num_layers * (4 * d_model + 2 * (d_ff or default_d_ff(d_model, swiglu))))
+    batch = 2 * share * context_length * (vocab_size + 8 * num_layers * d_model)
     for names, need in ("--d_model, --num_layers and --d_ff", state), ("--batch_size (divided by --grad_accum)", batch):
         require(need < memory or shard, f"{names} would take {need / 1e9:,.0f} GB at least, and there are {memory / 1e9:,.0f}: make them smaller")
 
@@ -725,9 +727,10 @@ class Run:
         self.place, self.kind = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
         if processes > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.place.type == "cuda" else "gloo")
-        share = batch_size // processes // grad_accum   # sequences that go through the model at once
-        self.parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]   # this process's rows of each batch
-        check_memory(vocab_size, share, self.place)
+        self.share = batch_size // processes // grad_accum   # sequences that go through the model at once
+        parts = range(rank * grad_accum, (rank + 1) * grad_accum)
+        self.parts = [slice(i * self.share, (i + 1) * self.share) for i in parts]   # this process's rows of each batch
+        check_memory(vocab_size, self.share, self.place)
         self.model, self.rule = build(vocab_size, self.place, self.kind)
         print(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
               f"{f'{processes} processes on ' * (processes > 1)}{self.place.type}, {str(self.kind).removeprefix('torch.')}")
@@ -783,7 +786,7 @@ def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, proces
     if rank == 0:
         prepare_folder(config, run.step)
     if compile:
-        compile_model(run.model, run.loss_of, *windows(train_tokens, [0] * (batch_size // processes // grad_accum), context_length, run.place))
+        compile_model(run.model, run.loss_of, *windows(train_tokens, [0] * run.share, context_length, run.place))
 
     budget, horizon = 60 * max_minutes, steps   # seconds; the step at which the run ends
     if max_minutes:   # the end is rehearsed, to know how much of the time it takes; and Python takes a second to leave
