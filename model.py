@@ -50,7 +50,7 @@ def at_least_float32(x):
 def truncated_normal(*shape, std, device=None, dtype=None):
     """A parameter drawn from N(0, std^2), cut at 3 standard deviations."""
     weight = torch.empty(shape, device=device, dtype=dtype)
-    if not weight.is_meta:   # a tensor with a shape only, as the accounting below uses it
+    if not weight.is_meta:   # a tensor with a shape but no memory: there is nothing to draw
         nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
     return nn.Parameter(weight)
 
@@ -138,8 +138,8 @@ class RotaryPositionalEmbedding(nn.Module):
 
     def forward(self, x, token_positions):
         cos, sin = self.cos[token_positions], self.sin[token_positions]   # (..., T, d_k)
-        # A point (a, b) turned by an angle is cos * (a, b) + sin * (-b, a). The product with quarter_turn is exact, for each sum has one term, and runs
-        # on whole vectors; taking the pairs apart (x[..., 0::2] and x[..., 1::2]) made compiled attention a tenth slower on a CPU.
+        # A point (a, b) turned by an angle is cos * (a, b) + sin * (-b, a). The product with quarter_turn adds no rounding, for each sum has one term,
+        # and runs on whole vectors; taking the pairs apart (x[..., 0::2] and x[..., 1::2]) made compiled attention a tenth slower on a CPU.
         return (x * cos + x @ self.quarter_turn.to(x.dtype) * sin).to(x.dtype)
 
 
@@ -238,7 +238,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, d_model, num_heads, d_ff, rope=None, post_norm=False, rms_norm=True, swiglu=True):
         super().__init__()
         self.post_norm = post_norm
-        self.ln1, self.ln2 = (RMSNorm(d_model) if rms_norm else nn.Identity() for _ in range(2))
+        self.ln1, self.ln2 = (RMSNorm(d_model) if rms_norm else nn.Sequential() for _ in range(2))   # an empty one gives back its input
         self.attn = MultiHeadSelfAttention(d_model, num_heads, rope)
         self.ffn = (SwiGLU if swiglu else SiLUFeedForward)(d_model, d_ff)
 
@@ -284,7 +284,7 @@ class TransformerLM(nn.Module):
         self.token_embeddings = Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(TransformerBlock(d_model, num_heads, d_ff or default_d_ff(d_model, swiglu), rotary, post_norm, rms_norm, swiglu)
                                     for _ in range(num_layers))
-        self.ln_final = RMSNorm(d_model) if rms_norm else nn.Identity()
+        self.ln_final = RMSNorm(d_model) if rms_norm else nn.Sequential()
         self.lm_head = Linear(d_model, vocab_size)
         if tie_embeddings:
             self.token_embeddings.weight = self.lm_head.weight   # with the head's small deviation: an N(0, 1) head would start with huge logits
@@ -310,7 +310,7 @@ class TransformerLM(nn.Module):
         return self.lm_head(self.ln_final(x if cache is None else x[:, -1:]))
 
     def head_loss(self, x, targets):
-        """Mean cross-entropy of the logits that follow from hidden states x (B, T, D): a function of its own, so that compile_parts can fuse it."""
+        """Mean cross-entropy of the logits that follow from hidden states x (B, T, D): a function of its own, so that torch.compile can fuse it alone."""
         return cross_entropy(self.lm_head(self.ln_final(x)), targets)
 
     def loss(self, token_ids, targets):
@@ -426,7 +426,10 @@ def forward_flops(model):
 
 
 def training_flops(model):
-    """FLOPs of the forward and backward pass for one token of a full context: the backward pass has two products for each of the forward's."""
+    """FLOPs of the forward and backward pass for one token of a full context: the backward pass has two products for each of the forward's.
+
+    Attention counts in full, T x T, as MFU is usually reported, though causal_attention leaves some of it out.
+    """
     return 3 * sum(forward_flops(model).values()) / model.context_length
 
 

@@ -990,6 +990,8 @@ def test_curves_are_svg_with_both_axes_and_the_names_of_the_runs(tmp_path):
     train.draw_curves(logs, tmp_path / "curves.svg")
     words = [node.text for node in xml.parse(tmp_path / "curves.svg").iter("{http://www.w3.org/2000/svg}text")]
     assert {"a & <b>", "c", "optimiser steps", "wall-clock seconds", "loss (nats a token)"} <= set(words)
+    train.draw_curves({"ever worse": [{**row, "step": str(step), "train_loss": str(step)} for step in range(1, 50)]}, tmp_path / "worse.svg")
+    assert "worse" in (tmp_path / "worse.svg").read_text()
 
 
 def test_ticks_are_round_numbers_within_the_range():
@@ -1015,6 +1017,8 @@ def test_a_run_leaves_a_folder_that_stands_alone_and_never_overwrites_one(data, 
     table = capsys.readouterr().out
     assert "seed" in table and all(rows(folder)[-1]["val_loss"][:5] in table for folder in (out, f"{out}.1"))
     assert run_train(*flags(data, out, "--resume=True", seed=1)) == 0 and "all of its 12 steps" in capsys.readouterr().out
+    (out / "ckpt.pt").unlink()   # as after a run that died before its first one: what is there is another run's, and not lost
+    assert run_train(*flags(data, out, "--resume=True", seed=2)) == 0 and "a run.2" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes made by fork")
@@ -1035,7 +1039,7 @@ while kills < 10:
 assert join(start(*{flags(data, broken, "--resume=True", **settings)})) == 0
 """)
     assert done.returncode == 0, done.stderr
-    assert without_times(broken) == without_times(straight) and len(rows(straight)) == 41
+    assert without_times(broken) == without_times(straight) and len(rows(straight)) == 41 and not (tmp_path / "broken.1").exists()
     assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(straight).items())
     assert run_train(*flags(data, broken, "--resume=True", **{**settings, "lr": 0.5, "num_layers": 2, "log_interval": 5})) == 2
     refusal = capsys.readouterr().err

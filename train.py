@@ -2,7 +2,7 @@
 Train a Transformer language model on the tokens that bpe.py wrote, on CPU, CUDA or Apple's MPS, alone or in many processes.
 
     $ python train.py --lr=3e-4 --post_norm=True                       # every constant below is a flag
-    $ python train.py --resume=True                                    # continue the run in out_dir, exactly where its checkpoint stands
+    $ python train.py --lr=3e-4 --post_norm=True --resume=True         # the same flags again: go on exactly where out_dir's checkpoint stands
     $ python train.py --compare=out/a,out/b                            # draw the losses of several runs into one picture, train nothing
     $ torchrun --nproc_per_node=8 train.py --max_minutes=90            # on eight GPUs, for 90 minutes
 
@@ -41,7 +41,7 @@ from model import TransformerLM, default_d_ff, read_checkpoint, training_flops
 # files
 data_dir = "data"       # folder that bpe.py wrote
 out_dir = "out"         # run folder; one that holds a run is moved aside first, to out.1 or the next free number
-resume = False          # continue the run in out_dir with its own flags, or start one where there is none
+resume = False          # continue the run in out_dir, whose flags must be given again; or start one where there is none
 compare = ""            # run folders, separated by commas: draw them into out_dir/curves.svg, print their final losses, and train nothing
 # the model's shape
 context_length = 256    # tokens that the model sees at once
@@ -65,9 +65,9 @@ muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in st
 min_lr = 3e-5           # where lr ends
 warmup_steps = 50       # steps of linear warm-up from 0 to lr
 beta1 = 0.9             # AdamW's memory of the mean gradient
-beta2 = 0.95            # AdamW's memory of the mean squared gradient
+beta2 = 0.99            # AdamW's memory of the mean squared gradient; the usual 0.95 forgets too fast for batches as small as these
 eps = 1e-8              # added to AdamW's denominator
-weight_decay = 0.1      # of the matrices; RMSNorm's gains and the token embeddings do not decay
+weight_decay = 0.1      # of the matrices; RMSNorm's gains and token embeddings that are not tied do not decay
 grad_clip = 1.0         # largest norm of the whole gradient; 0: never clip
 # budget
 batch_size = 8          # sequences per optimiser step, over all processes
@@ -80,7 +80,7 @@ log_interval = 20       # steps between rows of log.csv; their losses are means 
 seed = 0                # decides the initial weights and every batch
 # machine
 device = ""             # cpu, cuda or mps; empty: the fastest at hand
-dtype = ""              # float32, or bfloat16 for the matrix products; empty: bfloat16 where the hardware has it
+dtype = ""              # float32 (on CUDA its products run as TF32), or bfloat16 for the matrix products; empty: bfloat16 where the hardware has it
 compile = True          # fuse the model with torch.compile: less time per step, after some seconds of compilation
 shard = False           # with torchrun: spread weights and optimiser state over the processes, for models larger than one device
 
@@ -88,7 +88,9 @@ RESULTS = ("ckpt.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "mer
 COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
 # What a resumed run may change, because the run stays the same but for rounding, its place, or what it reports.
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "compare", "grad_accum", "eval_interval", "log_interval", "device", "dtype", "compile", "shard"}
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}  # dense bf16
+# Dense bfloat16 FLOP/s. The first name found in the card's counts, so a variant stands before its family.
+PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -116,8 +118,9 @@ def windows(dataset, starts, context_length, device):
     tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)].astype(np.int64)   # (B, T + 1)
     tokens = torch.from_numpy(tokens)
     if torch.device(device).type == "cuda":
-        tokens = tokens.pin_memory()  # so that the copy runs while the GPU computes
-    tokens = tokens.to(device, non_blocking=True)
+        tokens = tokens.pin_memory().to(device, non_blocking=True)  # from pinned memory, the copy runs while the GPU computes
+    else:
+        tokens = tokens.to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -138,6 +141,7 @@ def generator_of_step(seed, step):
 
 
 # -------------------------------------------------------------------------------------------------- many processes
+# With --shard=True parameters and gradients are torch's DTensors. They are told by their methods, so that other runs need not import them.
 
 def local(tensor):
     """This process's part of a tensor that --shard=True spread over the processes; any other tensor as it is."""
@@ -184,11 +188,13 @@ def mean_over_processes(tensor):
     return tensor / dist.get_world_size()
 
 
-def shard_model(model):
+def shard_model(model, place):
     """Spread the parameters of each block over the processes: a block is whole only while it computes (Zhao et al. 2023, FSDP)."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(place.type, (dist.get_world_size(),))  # left to itself, FSDP takes a GPU even under --device=cpu
     for module in (*model.layers, model):
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
 
 
@@ -285,16 +291,16 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_addcdiv_(p, m, denominator, -group["lr"] * unbias2 / unbias1)
 
 
-# Of all odd polynomials a s + b s^3 + c s^5 the first is the nearest to 1 on [0.004, 1], and each next one on what the one before makes of that
-# interval, widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four bring about what five equal ones did (Jordan et
-# al. 2024), in four fifths of the time.
+# orthogonalise, next, drives the singular values s of a matrix towards 1 by odd polynomials a s + b s^3 + c s^5; these are their (a, b, c). The
+# first is the nearest to 1 on [0.004, 1], and each next one on what the one before makes of that interval, widened by 5 % against rounding
+# (Amsel et al. 2025, "The Polar Express"). These four bring about what five equal ones did (Jordan et al. 2024), in four fifths of the time.
 NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476), (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
 
 def orthogonalise(matrices, dtype=torch.float32):
     """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T, with singular values above 0.004 |S| between 0.7 and 1.3.
 
-    Newton-Schulz steps: each turns every singular value s into a s + b s^3 + c s^5, which drives them towards 1, by products (in `dtype`) alone.
+    Newton-Schulz steps: each turns every singular value s into a s + b s^3 + c s^5 by products (in `dtype`) alone.
     """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices   # the wide form, for the smaller Gram matrix
@@ -345,12 +351,15 @@ def parameter_groups(model):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 def gathered(value):
-    """Nested dicts and lists with their sharded tensors made whole in main memory; all processes must call this together."""
+    """Nested dicts and lists with their sharded tensors made whole, in the main memory of rank 0 only; all processes must call this together."""
     if isinstance(value, dict):
         return {key: gathered(item) for key, item in value.items()}
     if isinstance(value, list):
         return [gathered(item) for item in value]
-    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+        return value.cpu() if dist.get_rank() == 0 else None
+    return value
 
 
 class CheckSummed:
@@ -449,8 +458,9 @@ def draw_curves(logs, path):
     losses = [[float(row[kind]) for kind in ("val_loss", "train_loss") for row in rows[len(rows) // 10:] if row[kind]] for rows in logs.values()]
     # From the best loss up to the worst after a tenth of the run: the plunge of the first steps would flatten the rest. And never beyond a
     # blind guess, which is where a run begins: one that diverges leaves through the top.
-    low = min(map(min, losses))
-    high = min(max(map(max, losses)), max(float(rows[0]["train_loss"]) for rows in logs.values()))
+    low, high = min(map(min, losses)), max(map(max, losses))
+    guess = max(float(rows[0]["train_loss"]) for rows in logs.values())
+    high = min(high, guess) if guess > low else high   # unless no run ever came back below it
     low, high = low - 0.03 * (high - low) - 0.01, high + 0.03 * (high - low) + 0.01
     width, height, top = 440, 330, 70 + 18 * math.ceil(len(logs) / 4)
     svg = []
@@ -544,7 +554,7 @@ def check_flags(processes):
 
 
 def choose_device(local_rank):
-    """The device of this process, and the data type of the matrix products on it."""
+    """Choose the device of this process and make it the current one; return it, and the data type of the matrix products on it."""
     name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
@@ -580,12 +590,16 @@ def load_data():
     return *tokens, vocab_size, check_sums
 
 
+def differences(there, here):
+    """In which constants another run differs from this one, beyond what a resumed run may change: a list of phrases. Both are dicts."""
+    return [f"{name} is {there.get(name)!r} there and {value!r} here" for name, value in here.items() if name not in MAY_CHANGE and there.get(name) != value]
+
+
 def check_same_run(saved, config, check_sums):
     """Raise UsageError, naming what differs, unless the checkpoint's run had these constants and data with these check sums."""
-    differing = [f"{name} is {saved['config'].get(name)!r} there and {value!r} here" for name, value in config.items()
-                 if name not in MAY_CHANGE and saved["config"].get(name) != value]
+    differing = differences(saved["config"], config)
     differing += [f"{Path(data_dir) / name} is another file" for name in check_sums if saved["data"].get(name) != check_sums[name]]
-    require(not differing, f"--resume=True: {out_dir} holds another run: {', '.join(differing)}")
+    require(not differing, f"--resume=True: {out_dir} holds another run: {', '.join(differing)}; give its flags (config.json has them), or another --out_dir")
 
 
 def prepare_folder(config, done):
@@ -595,7 +609,8 @@ def prepare_folder(config, done):
         write_log(log, [row for row in read_log(log) if int(row["step"]) <= done])
         return
     old = [out / name for name in RESULTS if (out / name).exists()]
-    if old and not resume:
+    same = resume and (out / "config.json").exists() and not differences(read_config(out / "config.json"), config)
+    if old and not same:   # the same run may begin anew where it was killed before its first checkpoint
         here = out.resolve()
         aside = next(path for path in (here.with_name(f"{here.name}.{i}") for i in itertools.count(1)) if not path.exists())
         aside.mkdir()
@@ -619,6 +634,8 @@ def compile_model(model, loss_of, inputs, targets):
         model.compile_parts()
         loss_of(inputs, targets).backward()
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+    except torch.OutOfMemoryError:
+        raise   # steps that are not compiled would need even more
     except Exception as error:  # no C++ compiler, no Triton, no place for the cache: each has an exception of its own
         torch.compiler.set_stance("force_eager")
         print("failed", flush=True)
@@ -653,9 +670,9 @@ def optimise(model, rule, loss_of, batches):
 
 def evaluate(loss_of, tokens, parts, place):
     """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
-    places = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64)
+    starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64)
     # The gradient stays on, though nobody asks for it: under no_grad torch.compile would compile the model a second time.
-    losses = [loss_of(*windows(tokens, row[part], context_length, place)).detach() for row in places.reshape(eval_batches, batch_size) for part in parts]
+    losses = [loss_of(*windows(tokens, row[part], context_length, place)).detach() for row in starts.reshape(eval_batches, batch_size) for part in parts]
     return mean_over_processes(torch.stack(losses).mean()).item()
 
 
@@ -672,16 +689,18 @@ def duration(seconds):
 
 
 def catch_signals():
-    """A list that receives the first Ctrl-C or SIGTERM, for the loop to stop between two steps; a second one ends the process at once."""
+    """A list that receives the first Ctrl-C or SIGTERM, for the loop to stop after its step; a second one ends the process at once."""
     caught = []
 
-    def note(number, frame):
-        if caught:
-            sys.exit(128 + number)
-        caught.append(number)
+    def handle_both(handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    def note(number, frame):
+        caught.append(number)
+        handle_both(signal.SIG_DFL)   # which ends it even while it waits for another process
+
+    handle_both(note)
     return caught
 
 
@@ -713,7 +732,7 @@ def build(vocab_size, place, kind):
             layer.attn.output_proj.weight.mul_(residual_gain)
             layer.ffn.w2.weight.mul_(residual_gain)
     if shard:
-        shard_model(model)
+        shard_model(model, place)
     model.to(place)
     hyper = parameter_groups(model), lr, (beta1, beta2), eps, weight_decay
     return model, Muon(*hyper, kind) if optimizer == "muon" else AdamW(*hyper)
@@ -725,6 +744,7 @@ class Run:
     def __init__(self, config, train_tokens, val_tokens, vocab_size, check_sums, rank, processes):
         self.config, self.train_tokens, self.val_tokens, self.check_sums = config, train_tokens, val_tokens, check_sums
         self.place, self.kind = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+        require(processes == 1 or self.place.type != "mps", "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
         if processes > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.place.type == "cuda" else "gloo")
         self.share = batch_size // processes // grad_accum   # sequences that go through the model at once
@@ -767,7 +787,7 @@ class Run:
         self.step += 1
         for group in self.rule.param_groups:
             group["lr"] = rate * group["scale"]
-        # Each part draws the places of the whole batch again, from the same seed, and reads its own rows.
+        # Each part draws the starts of the whole batch again, from the same seed, and reads its own rows.
         batches = [get_batch(self.train_tokens, batch_size, context_length, self.place, generator_of_step(seed, self.step), part) for part in self.parts]
         self.sums += optimise(self.model, self.rule, self.loss_of, batches)
         self.count += 1
@@ -794,9 +814,9 @@ def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, proces
         run.validate()
         run.save()
         budget -= largest(1.5 * (run.clock() - begin) + 1.5)[0]
-        horizon = run.step * budget / run.clock() if run.step else math.inf
+        horizon = run.step * budget / largest(run.clock())[0] if run.step else math.inf   # one clock for all: their rates must be equal
     if run.step >= horizon:
-        print(f"{out_dir} holds all of its {run.step:,} steps already")
+        print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes else f"{out_dir} holds all of its {run.step:,} steps already")
         return 0
 
     caught, row_step, row_end, last, stop = catch_signals(), run.step, run.clock(), False, 0
@@ -811,7 +831,7 @@ def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, proces
         evaluating = last or run.step % eval_interval == 0
         due = evaluating or run.step % log_interval == 0 or run.step == 1
         if due or stop:
-            loss, norm = (mean_over_processes(run.sums) / run.count).tolist()   # only here the processor waits for the device
+            loss, norm = (mean_over_processes(run.sums) / run.count).tolist()   # waits for the device, which other steps do not
             seconds = run.clock()
             val_loss = run.validate() if evaluating else None
             check_divergence(run.step, rate, loss, norm, val_loss, vocab_size)
