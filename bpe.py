@@ -51,11 +51,11 @@ val_data = ""                      # text file for validation; empty: the last d
 vocab_size = 4096                  # tokens in all: 256 bytes, the merges, the special tokens
 special_tokens = "<|endoftext|>"   # strings that are one token each and cut the text, separated by commas
 data_dir = "data"                  # folder for vocab.json, merges.txt, train.bin and val.bin
-tokenizer_dir = ""                 # encode with the tokenizer in this folder and train none; empty: train one
+tokenizer_dir = ""                 # encode with the tokenizer in this folder, and its special tokens, and train none; empty: train one
 num_processes = 0                  # worker processes; 0: one for each core
 
-# GPT-2's pre-tokens: a contraction's tail; or letters, digits or other signs, with the blank before them; or white space, which leaves its
-# last character to the token that follows.
+# GPT-2's pre-tokens: a contraction's tail; or letters, digits or other signs, with the blank before them; or white space, but for its last
+# character before a word: if that is a blank it joins the word, else it is a token of its own.
 PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"
 END = "<|endoftext|>"              # ends each document of the default corpus
@@ -63,6 +63,7 @@ CACHE = 1 << 18                    # words whose token ids a tokenizer remembers
 SLOT_BITS = 18                     # 2**18 words more in a table of numbers, 9 MB
 NEVER = 2 ** 31 - 1                # the rank of a pair that no merge joins
 BLOCK = 1 << 22                    # bytes of text that a worker process takes at a time
+LONG = 128                         # bytes of a word up to which words are merged many at a time
 SLICE = 1 << 19                    # bytes of text in one pass of the array code: its arrays then fit the cache, twice as fast as 4 MB
 
 
@@ -127,7 +128,7 @@ def pretokenise(text, special=None):
         begins[lone[~inside]] = True
         lone = lone[inside] - 1
 
-    # A quotation mark at which a token begins, and s, d, m, t, ll, ve or re after it.
+    # Where a token begins with 's 'd 'm 't 'll 've or 're, none begins at its letters, and one begins after them.
     quote = np.flatnonzero(begins & (byte == ord("'")) & (kinds != SPECIAL))
     one, two = (np.where(kinds[quote + ahead] == LETTER, byte[quote + ahead], 0) for ahead in (1, 2))
     short = np.isin(one, list(b"sdmt"))
@@ -244,7 +245,7 @@ def bring_together(words):
 
 
 def add_up(parts):
-    """Join several (words (2, W), counts (W,)) into one in which each word stands once, with the sum of its counts."""
+    """Join several (words (2, W), counts (W,)) into one, with the counts of equal words added up (but for words whose hashes collide)."""
     words, counts = map(np.hstack, zip(*parts))
     order, starts = bring_together(words)
     return words[:, order[starts]], np.add.reduceat(counts[order], starts)
@@ -405,9 +406,12 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     most frequent pair of neighbouring tokens, of equals the one whose byte strings are lexicographically greater. The result does not depend
     on num_processes (0: one for each core). The vocabulary stays smaller than vocab_size when the text runs out of pairs. Only the first
     `stop` bytes of the file count, where given; tell(phase, done, total) is called as the work goes on. Memory follows the distinct words.
-    Raises ValueError for a vocab_size without room for bytes and special tokens, or an empty file; OSError for a file that cannot be read.
+    Raises ValueError for a vocab_size without room for bytes and special tokens, an empty special token, or an empty file; OSError for a file that
+    cannot be read.
     """
     specials = list(dict.fromkeys(utf8(token) for token in special_tokens))
+    if b"" in specials:
+        raise ValueError("a special token is empty text, which matches everywhere: leave it out")
     if vocab_size < 256 + len(specials):
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens need {256 + len(specials)}")
     stop = os.path.getsize(input_path) if stop is None else stop
@@ -570,14 +574,17 @@ class Tokenizer:
                 self.vocab[len(ids)] = utf8(token)
                 ids[utf8(token)] = len(ids)
         self.special_tokens = {token: ids[utf8(token)] for token in special_tokens or ()}
-        made = {bytes([byte]) for byte in range(256)}
+        made, used = {bytes([byte]) for byte in range(256)}, set()
         if missing := made - ids.keys():
             raise ValueError(f"the vocabulary lacks the byte {min(missing)!r} and could not encode every text")
         for left, right in self.merges:
             if left not in made or right not in made or left + right not in ids:
                 raise ValueError(f"the merge of {left!r} and {right!r} does not fit the vocabulary: "
                                  "each part must be a byte or made by an earlier merge, and the whole must have an id")
+            if left + right in used:
+                raise ValueError(f"{left!r} and {right!r} make a token that an earlier merge joins already: which goes first is not defined")
             made.add(left + right)
+            used |= {left, right}
         self.byte_ids = np.array([ids[bytes([byte])] for byte in range(256)])
         self.triples = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
         if len(set(self.triples)) < len(self.triples):
@@ -667,13 +674,13 @@ class Tokenizer:
         missing = [word for word in words if word not in self.cache]
         if not missing:
             return [self.cache[word] for word in words]
-        found = {}
-        for shortest, longest in (1, 16), (17, 32), (33, 64), (65, 128):  # each round of merge_words pays for its longest word
+        missing, found = list(dict.fromkeys(missing)), {}
+        for shortest, longest in (1, 16), (17, 32), (33, 64), (65, LONG):  # each round of merge_words pays for its longest word
             group = [word for word in missing if shortest <= len(word) <= longest]
             matrix = np.frombuffer(b"".join(word.ljust(longest) for word in group), np.uint8).reshape(-1, longest)
             ids, sizes = self.merge_words(matrix, np.array([len(word) for word in group], np.intp))
             found.update((word, part.tobytes()) for word, part in zip(group, np.split(ids, np.cumsum(sizes))))
-        long = {word: self.merge_long(word) for word in missing if len(word) > 128}
+        long = {word: self.merge_long(word) for word in missing if len(word) > LONG}  # not cached: they may be megabytes
         encoded = [self.cache.get(word) or found.get(word) or long[word] for word in words]
         if len(self.cache) + len(found) > CACHE:
             self.cache = dict(self.special_ids)
@@ -681,9 +688,9 @@ class Tokenizer:
         return encoded
 
     def merge_words(self, words, lengths):
-        """The token ids of W short words, one word after another, and how many each has: in a round, every word's pair of lowest rank is merged.
+        """The token ids of W words, one word after another, and how many each has: in a round, every word's pair of lowest rank is merged.
 
-        words: (W, n) uint8, their bytes and then anything. lengths: (W,), up to 128. One word after another in plain Python takes 10 microseconds
+        words: (W, n) uint8, their bytes and then anything. lengths: (W,), up to LONG. One word after another in plain Python takes 10 microseconds
         a word, this 1.
         """
         W, n = words.shape
@@ -714,7 +721,7 @@ class Tokenizer:
         return cells.T[cells.T >= 0].astype(self.dtype), (cells >= 0).sum(axis=0)
 
     def merge_long(self, word):
-        """The token ids of a long word, as bytes: rank by rank, all places of a pair at once, O(n log n) where round by round is O(n^2)."""
+        """The token ids of a word of any length, as bytes: rank by rank, all places of a pair at once, O(n log n) where round by round is O(n^2)."""
         text, heap, places_of = Segmentation(np.array([-1, *self.byte_ids[list(word)], -1], np.int32), self.lengths), [], {}
 
         def watch(pairs, places):
@@ -769,7 +776,7 @@ class Tokenizer:
             new.append((short[~known], words[:, ~known]))
             others.append((other, [text[place:place + length] for place, length in zip(places[other].tolist(), lengths[other].tolist())]))
 
-        # Merge each distinct new word once, and hand the place of its ids to all its occurrences.
+        # Merge each distinct new short word once, and hand the place of its ids to all its occurrences.
         words = np.hstack([words for _, words in new])
         order, starts = bring_together(words)
         distinct = words[:, order[starts]]
@@ -785,12 +792,12 @@ class Tokenizer:
         return [self.table.gather(*where) for where in found]
 
     def encode_iterable(self, iterable):
-        """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily and in constant memory."""
+        """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily: memory follows the longest string."""
         text, tried = bytearray(), 0
         for item in iterable:
             text += utf8(item)
             if len(text) - tried > 8192:
-                place = self.cut.search(text, max(tried, 4096))
+                place = self.cut.search(text, max(tried, len(text) - self.longest_special - 4096))  # near the end: little stays behind
                 if place and place.start() + self.longest_special <= len(text):  # else a special token could still come to lie across it
                     yield from self.encode_bytes(bytes(text[:place.start()])).tolist()
                     del text[:place.start()]
@@ -933,7 +940,7 @@ def only_run_in(folder):
             else:
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # what flock and what locking raise for a lock that is held
             raise BlockingIOError(f"another run is at work in {folder}: wait for it, or choose another folder") from None
         yield
 
@@ -947,19 +954,22 @@ class Report:
         self.seconds, self.malformed, self.phase, self.since, self.shown = {}, 0, None, time.perf_counter(), 0.0
 
     def __call__(self, phase, done, total, malformed=0):
-        """Note that `done` of `total` units (bytes, or merges) of a phase are done."""
+        """Note that `done` of `total` units of a phase are done: bytes, merges, or the one of a phase in one piece."""
         now, self.malformed = time.perf_counter(), self.malformed + malformed
         if phase != self.phase:
             self.phase, self.begin = phase, self.since
         self.since, self.seconds[phase] = now, now - self.begin
         if sys.stdout.isatty() and now - self.shown > 0.1:
             self.shown, left = now, (total - done) * self.seconds[phase] / done
-            speed = "" if phase.startswith("merging") else f" {done / 1e6 / self.seconds[phase]:.0f} MB/s"
+            speed = f" {done / 1e6 / self.seconds[phase]:.0f} MB/s" if phase.startswith(("counting", "encoding")) else ""
             line = f"{done / total:4.0%}{speed} {left:.0f} s left, {phase}"
             width = shutil.get_terminal_size().columns - 1
             print("\r" + line[:width].ljust(width), end="", flush=True)
 
-    def clear(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         """Take the line off the terminal."""
         if sys.stdout.isatty():
             print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r", flush=True)
@@ -1012,25 +1022,27 @@ def main():
     require(num_processes >= 0, f"--num_processes={num_processes}: wants 0, for one for each core, or more")
     specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))
     for token in specials:
-        require(token.isascii() or not set(token) <= set(CHARACTER),
+        require(len(utf8(token)) > 1 and (token.isascii() or not set(token) <= set(CHARACTER)),
                 f"--special_tokens: {token!r} reads like the bytes of an ordinary token in vocab.json: choose another")
     require(vocab_size >= 256 + len(specials),
             f"--vocab_size={vocab_size}: wants {256 + len(specials)} at least, for 256 bytes and {len(specials)} special tokens")
     folder, report, began = Path(data_dir), Report(), time.perf_counter()
 
-    with only_run_in(folder):
+    with only_run_in(folder), report:
         for name in (*OUTPUTS, "stdlib.txt"):
-            (folder / f"{name}.tmp").unlink(missing_ok=True)  # what a killed run may have left
+            for left_over in folder.glob(f"{name}.tmp*"):
+                left_over.unlink()  # by a killed run
         text = Path(data or folder / "stdlib.txt")
         if not data:
             standard_library(text)
             report("collecting the standard library", 1, 1)
         size = os.path.getsize(text)
-        train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in specials])
         if tokenizer_dir:
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
             report("loading the tokenizer", 1, 1)
-        else:
+        ends = tokenizer.special_tokens if tokenizer_dir else specials
+        train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in ends])
+        if not tokenizer_dir:
             vocab, merges = train_bpe(text, vocab_size, specials, num_processes, train_stop, report)
             tokenizer = Tokenizer(vocab, merges, specials)
         with replacing(folder / "train.bin") as train_bin, replacing(folder / "val.bin") as val_bin:
@@ -1041,7 +1053,6 @@ def main():
             else:
                 val_tokens = tokenizer.encode_file(text, val_bin, num_processes, train_stop, size, report)
             tokenizer.save(folder)  # now all four files are there, and take their places together
-        report.clear()
 
     val_size = os.path.getsize(val_data) if val_data else size - train_stop
     speed = train_stop / 1e6 / encoded_in

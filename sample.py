@@ -1,7 +1,7 @@
 """
 Generate text with a model that train.py has trained, or measure how well the model predicts a given text.
 
-    $ python sample.py --prompt "hello"                  # the prompt and what the model makes follow it, token by token
+    $ python sample.py --prompt "hello"                  # the prompt and the model's continuation, token by token
     $ python sample.py --prompt @story.txt --top_p=0.9   # the prompt is the file's text; "-" takes it from standard input
     $ python sample.py --num_samples=16 --seed=7         # sixteen texts as one batch, printed one after another when all are done
     $ python sample.py --score=@story.txt                # no generation: nats and bits per token, bits per byte, perplexity
@@ -67,7 +67,8 @@ def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     # The maximum goes before the division: a tiny temperature would make inf - inf of it.
     probabilities = softmax((wide - wide.amax(-1, keepdim=True)) / temperature, -1)
     if top_p < 1:
-        likelier = probabilities.cumsum(-1) - probabilities   # the sum over all tokens before this one: 0 for the first, which always stays
+        likelier = probabilities.cumsum(-1).roll(1, -1)   # the sum over all tokens before this one
+        likelier[..., 0] = 0                              # none for the first, which always stays
         probabilities = probabilities * (likelier < top_p)
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
@@ -104,7 +105,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
 
     Ends after max_new_tokens, or before that at end_id, which is not yielded; of several samples, one that has ended goes on as end_id until all
     have. temperature, top_k and top_p: see candidates. An empty prompt starts from end_id; of one longer than the context, the end counts.
-    When the context is full, the older half is dropped and the rest read anew: dropping one token at a time would mean that for each.
+    When the context is full, the older half is dropped and the rest read anew: dropping one token at a time would read all anew for each.
     Random choices come from torch's global generator.
     Raises ValueError, when the first id is asked for, if a value is out of range. Handout, section 6.
     """
@@ -139,20 +140,20 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
 
 @torch.inference_mode()
 def surprise(model, ids):
-    """Yield -log p(token | those before it), in nats, for each of ids[1:]; what came before is seen as generate sees it."""
+    """Yield -log p(token | those before it), in nats, for each of ids[1:]; ids: two or more. What came before is seen as generate sees it."""
     context, place = model.context_length, model.token_embeddings.weight.device
     half = (context + 1) // 2
     for start in range(0, max(1, len(ids) - 1 - context + half), half):
         window = torch.tensor(ids[start:start + context + 1], device=place)
         logits = model(window[None, :-1])[0].float()                                                    # (T, V)
         nats = logits.logsumexp(-1) - logits.gather(-1, window[1:, None])[:, 0]                          # (T)
-        yield from nats[context - half if start else 0:].tolist()                                        # the windows before have had the others
+        yield from nats[context - half if start else 0:].tolist()                                        # the window before has had the others
 
 
 def score_text(model, tokenizer, text, end_id):
     """How well the model predicts a text, as one line. Bits per byte compare models whatever their tokenizers."""
     ids = ([] if end_id is None else [end_id]) + tokenizer.encode(text)   # the first token of a document follows the end of another
-    require(len(ids) > 1, "the text to score has no token that follows another")
+    require(len(ids) > 1, "--score: the text is too short, no token in it follows another")
     total, shown = 0.0, time.monotonic()
     for done, loss in enumerate(surprise(model, ids), 1):
         total += loss
@@ -173,8 +174,8 @@ def load_run(folder, device):
     tokenizer, saved = Tokenizer.from_folder(folder), read_checkpoint(Path(folder) / "ckpt.pt")
     try:
         config, vocab_size = saved["config"], saved["model"]["token_embeddings.weight"].size(0)
-        shape = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_theta", "post_norm", "rms_norm", "rope", "swiglu", "tie_embeddings")
-        model = TransformerLM(vocab_size, **{name: config[name] for name in shape})
+        settings = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_theta", "post_norm", "rms_norm", "rope", "swiglu", "tie_embeddings")
+        model = TransformerLM(vocab_size, **{name: config[name] for name in settings})
         model.load_state_dict(saved["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder}/ckpt.pt holds no model that belongs to its settings: {error}") from None

@@ -297,6 +297,16 @@ def test_encode_iterable_is_lazy_and_gives_the_ids_of_the_joined_text(trained):
         assert list(tokenizer.encode_iterable(parts)) == tokenizer.encode(text)
     endless = tokenizer.encode_iterable(iter(lambda: "once upon a time\n", None))
     assert tokenizer.decode(next(endless) for _ in range(100)).startswith("once upon")
+    taken, given, behind, item = 0, 0, 0, "once upon a time\n" * 3000
+
+    def items():
+        nonlocal taken
+        for taken in range(1, 21):
+            yield item
+    for number in tokenizer.encode_iterable(items()):
+        behind = max(behind, taken * len(item) - given)
+        given += len(tokenizer.vocab[number])
+    assert given == 20 * len(item) and behind < 2 * len(item)   # long items do not pile up
 
 
 def test_encode_file_writes_the_ids_of_encode_for_any_number_of_processes(trained, tmp_path, monkeypatch):
@@ -342,6 +352,23 @@ def test_decoding_replaces_malformed_bytes_and_refuses_unknown_ids(trained):
     assert trained[0].decode([0xE4, 0xBD, 97]) == "\ufffda"
     with pytest.raises(ValueError, match="none with id 99999"):
         trained[0].decode([99999])
+
+
+def test_what_would_be_ambiguous_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty text"):
+        train_bpe(write(tmp_path / "text.txt", "some text"), 300, [""])
+    merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"abc", b"ab"), (b"ab", b"c")]   # abcabc: does ab c come first, or abc ab?
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"bc", b"abc", b"abcab"]
+    with pytest.raises(ValueError, match="b'ab' and b'c' make a token that an earlier merge joins already"):
+        Tokenizer(dict(enumerate(tokens)), merges)
+
+
+def test_a_tokenizer_from_a_folder_brings_its_own_end_of_document(tmp_path):
+    text = write(tmp_path / "text.txt", "".join(f"Story {i} is here.</s>" for i in range(200)))
+    assert finish(f"--data={text}", f"--data_dir={tmp_path / 'a'}", "--special_tokens=</s>", "--vocab_size=300")[0] == 0
+    assert finish(f"--data={text}", f"--data_dir={tmp_path / 'b'}", f"--tokenizer_dir={tmp_path / 'a'}")[0] == 0
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert Tokenizer.from_folder(folder).decode(np.fromfile(folder / "val.bin", np.uint16).tolist()).startswith("Story 1")
 
 
 @pytest.mark.parametrize("vocab, merges, message", [
@@ -1571,7 +1598,7 @@ def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path):
     ("--vocab_size=300 --vocab_size=300", 2, "twice"), ("--num_processes=-1", 2, "--num_processes=-1"), ("--data_dir=", 2, "--data_dir"),
     ("--vocabsize=300", 2, "nearest is --vocab_size"), ("--data", 2, "wants a value"), ("stray", 2, "'stray' is no flag"),
     ("--data=nowhere.txt", 1, "is not there"), ("--data=.", 1, "is a folder"), ("--val_data=nowhere.txt", 1, "--val_data"),
-    ("--tokenizer_dir=nowhere", 1, "nowhere")])
+    ("--tokenizer_dir=nowhere", 1, "nowhere"), ("--special_tokens=|", 2, "reads like"), ("--special_tokens=\u0120the", 2, "reads like")])
 def test_bad_flags_of_bpe_py_are_refused_by_name_in_one_line(tmp_path, monkeypatch, capsys, words, status, complaint):
     (tmp_path / "text.txt").write_text("some words to learn " * 50)
     monkeypatch.chdir(tmp_path)
