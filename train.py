@@ -514,7 +514,7 @@ def compare_runs(folders):
     for name, rows in logs.items():
         require(rows, f"--compare: {name}/log.csv has no rows yet")
     names = [name for name in configs[0] if name not in MAY_CHANGE and len({str(config.get(name)) for config in configs}) > 1]
-    table = [["run", *names, "steps", "tokens", "seconds", "train loss", "val loss", "perplexity"]]
+    table = [["run", *names, "step", "tokens", "seconds", "train loss", "val loss", "perplexity"]]
     for (run, rows), config in zip(logs.items(), configs):
         last, validation = rows[-1], next((float(row["val_loss"]) for row in reversed(rows) if row["val_loss"]), math.nan)
         table.append([run, *(str(config.get(name)) for name in names), last["step"], f"{int(last['tokens']):,}", f"{float(last['seconds']):.0f}",
