@@ -62,8 +62,8 @@ END = "<|endoftext|>"              # ends each document of the default corpus
 CACHE = 1 << 18                    # words whose token ids a tokenizer remembers in a dict, 40 MB or so
 SLOT_BITS = 18                     # 2**18 words more in a table of numbers, 9 MB
 NEVER = 2 ** 31 - 1                # the rank of a pair that no merge joins
-BLOCK = 1 << 22                    # bytes of text that a worker process takes at a time
 LONG = 128                         # bytes of a word up to which words are merged many at a time
+BLOCK = 1 << 22                    # bytes of text that a worker process takes at a time
 SLICE = 1 << 19                    # bytes of text in one pass of the array code: its arrays then fit the cache, twice as fast as 4 MB
 
 
@@ -141,7 +141,12 @@ def pretokenise(text, special=None):
 
 
 def special_pattern(specials):
-    """The compiled pattern that finds special tokens (UTF-8) in bytes, the longest where several match; None where there are none."""
+    """The compiled pattern that finds special tokens (UTF-8) in bytes, the longest where several match; None where there are none.
+
+    Raises ValueError for an empty one.
+    """
+    if b"" in specials:
+        raise ValueError("a special token is empty text, which matches everywhere: leave it out")
     return re.compile(b"|".join(map(re.escape, sorted(specials, key=len, reverse=True)))) if specials else None
 
 
@@ -410,8 +415,6 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     cannot be read.
     """
     specials = list(dict.fromkeys(utf8(token) for token in special_tokens))
-    if b"" in specials:
-        raise ValueError("a special token is empty text, which matches everywhere: leave it out")
     if vocab_size < 256 + len(specials):
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens need {256 + len(specials)}")
     stop = os.path.getsize(input_path) if stop is None else stop
@@ -568,8 +571,6 @@ class Tokenizer:
         if len(ids) < len(self.vocab):
             raise ValueError(f"{len(self.vocab)} token ids stand for {len(ids)} different tokens: one stands twice")
         for token in special_tokens or ():
-            if not token:
-                raise ValueError("a special token is empty text, which matches everywhere: leave it out")
             if utf8(token) not in ids:
                 self.vocab[len(ids)] = utf8(token)
                 ids[utf8(token)] = len(ids)
@@ -1039,9 +1040,9 @@ def main():
         size = os.path.getsize(text)
         if tokenizer_dir:
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
+            specials = list(tokenizer.special_tokens)
             report("loading the tokenizer", 1, 1)
-        ends = tokenizer.special_tokens if tokenizer_dir else specials
-        train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in ends])
+        train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in specials])
         if not tokenizer_dir:
             vocab, merges = train_bpe(text, vocab_size, specials, num_processes, train_stop, report)
             tokenizer = Tokenizer(vocab, merges, specials)
