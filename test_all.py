@@ -865,13 +865,13 @@ def test_sgd_decays_slowly_at_10_fast_at_100_and_diverges_at_1000(lr, ends):
     assert ends[0] <= loss.item() <= ends[1]
 
 
-def test_adamw_is_torchs_adamw(monkeypatch):
-    monkeypatch.setattr(train, "pieces", lambda tensor, plain=train.pieces: plain(tensor, 100))  # small ones, so that tensors are really cut
+@pytest.mark.parametrize("fused", [False, True])
+def test_adamw_is_torchs_adamw(fused):
     mine, peer = small_trainee(), small_trainee()
     groups = lambda model: [dict(params=[p for p in model.parameters() if p.dim() == 2], weight_decay=0.3),
                             dict(params=[p for p in model.parameters() if p.dim() == 1])]
     options = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    rules = AdamW(groups(mine), **options), torch.optim.AdamW(groups(peer), **options)
+    rules = AdamW(groups(mine), **options, fused=fused), torch.optim.AdamW(groups(peer), **options)
     for step in range(20):
         for model, rule in zip((mine, peer), rules):
             rule.zero_grad()
