@@ -1124,6 +1124,13 @@ def test_a_timed_run_ends_within_its_time_and_at_the_smallest_rate(data, tmp_pat
     assert float(rows(tmp_path / "out")[-1]["lr"]) < 1e-4 and rows(tmp_path / "out")[-1]["val_loss"]
 
 
+def test_what_is_left_of_a_timed_run_is_told_by_the_pace_of_its_steps_not_by_the_time_it_took_to_start(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: time.sleep(2))
+    assert run_train(*flags(data, tmp_path / "out", max_minutes=0.1, eval_interval=1000, log_interval=50)) == 0
+    shown = [int(total.replace(",", "")) for total in regex.findall(r"step [\d,]+ of about ([\d,]+):", capsys.readouterr().out)]
+    assert len(shown) > 2 and shown[-1] / 3 < shown[1] < shown[-1] * 3
+
+
 @pytest.mark.parametrize("words", ["--d_model=0", "--num_heads=3", "--lr=-1", "--lr=nan", "--min_lr=1", "--beta2=1.0", "--optimizer=sgd", "--device=tpu",
                                    "--dtype=int8", "--batch_size=3 --grad_accum=2", "--shard=True", "--rope_theta=0", "--steps=1e3", "--post_norm=yes"])
 def test_flags_that_make_no_sense_are_refused_by_name(capsys, words):

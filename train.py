@@ -707,14 +707,17 @@ def check_divergence(step, rate, loss, norm, val_loss, vocab_size):
                            + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
 
 
-def report(step, horizon, seconds, rate, loss, norm, val_loss, pace, mfu_of_one):
-    """Add a row to log.csv and print it as a line. val_loss: None between evaluations; pace: seconds a step; mfu_of_one: MFU at 1 token/s."""
+def report(step, left, seconds, rate, loss, norm, val_loss, pace, mfu_of_one):
+    """Add a row to log.csv and print it as a line. val_loss: None between evaluations; left: seconds to the end.
+
+    pace: seconds a step; mfu_of_one: MFU at 1 token/s.
+    """
     tokens, speed = step * batch_size * context_length, batch_size * context_length / pace
     with open(Path(out_dir) / "log.csv", "a", encoding="utf-8") as file:
         file.write(f"{step},{tokens},{seconds:.2f},{rate:.6g},{loss:.6f},{'' if val_loss is None else f'{val_loss:.6f}'},{norm:.6f},{speed:.1f}\n")
-    print(f"step {step:,} of {'about ' if max_minutes else ''}{horizon:,.0f}: loss {loss:.3f}{'' if val_loss is None else f', validation {val_loss:.3f}'}, "
+    print(f"step {step:,} of {'about ' if max_minutes else ''}{step + left / pace:,.0f}: loss {loss:.3f}{'' if val_loss is None else f', validation {val_loss:.3f}'}, "
           f"lr {rate:.1e}, norm {norm:.2f}, {speed:,.0f} tokens/s{f' ({speed * mfu_of_one:.0%} MFU)' if mfu_of_one else ''}, "
-          f"{duration(pace * (horizon - step))} left", flush=True)
+          f"{duration(left)} left", flush=True)
 
 
 def build(vocab_size, place, kind):
@@ -832,7 +835,9 @@ def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, proces
             check_divergence(run.step, rate, loss, norm, val_loss, vocab_size)
         if due:
             if rank == 0:
-                report(run.step, horizon, seconds, rate, loss, norm, val_loss, (seconds - row_end) / (run.step - row_step), mfu_of_one)
+                pace = (seconds - row_end) / (run.step - row_step)
+                left = (0 if last else budget - seconds) if max_minutes else pace * (steps - run.step)
+                report(run.step, left, seconds, rate, loss, norm, val_loss, pace, mfu_of_one)
             run.sums.zero_()
             run.count = 0
         if evaluating or stop:
