@@ -46,12 +46,12 @@ if __name__ == "__main__":
 import numpy as np
 import regex
 
-data = ""                          # text file to train on and encode, UTF-8; empty: the source of Python's standard library
-val_data = ""                      # text file for validation; empty: the last documents of data are held out (a twentieth, 10 MB at most)
+data = ""                          # UTF-8 text to train on and encode; empty: the source of Python's standard library
+val_data = ""                      # text for validation; empty: the last documents of data (a twentieth, 10 MB at most)
 vocab_size = 4096                  # tokens in all: 256 bytes, the merges, the special tokens
 special_tokens = "<|endoftext|>"   # strings that are one token each and cut the text, separated by commas
 data_dir = "data"                  # folder for vocab.json, merges.txt, train.bin and val.bin
-tokenizer_dir = ""                 # encode with the tokenizer in this folder, and its special tokens, and train none; empty: train one
+tokenizer_dir = ""                 # encode with this folder's tokenizer and special tokens; empty: train one
 num_processes = 0                  # worker processes; 0: one for each core
 
 # GPT-2's pre-tokens: a contraction's tail; or letters, digits or other signs, with the blank before them; or white space, but for its last

@@ -42,7 +42,7 @@ from model import TransformerLM, default_d_ff, read_checkpoint, training_flops
 data_dir = "data"       # folder that bpe.py wrote
 out_dir = "out"         # run folder; one that holds a run is moved aside first, to out.1 or the next free number
 resume = False          # continue the run in out_dir, whose flags must be given again; or start one where there is none
-compare = ""            # run folders, separated by commas: draw them into out_dir/curves.svg, print their final losses, and train nothing
+compare = ""            # run folders, separated by commas: draw out_dir/curves.svg, print a table, and train nothing
 # the model's shape
 context_length = 256    # tokens that the model sees at once
 num_layers = 4          # Transformer blocks
@@ -57,15 +57,15 @@ rope = True             # False: no positions at all (NoPE)
 swiglu = True           # False: ungated feed-forward networks w2(silu(w1 x))
 tie_embeddings = False  # one matrix for the token embeddings and the output head
 # learning
-residual_gain = 1.0     # times the initial output matrices of attention and feed-forward network: below 1, a block begins close to the identity
+residual_gain = 1.0     # times the initial output matrices of each block: below 1, it begins close to the identity
 optimizer = "adamw"     # adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest
 lr = 3e-3               # AdamW's peak learning rate
-embedding_scale = 1.0   # times lr for the token embeddings, most of whose rows are seen rarely; Muon likes 30, AdamW 1; tied ones learn at lr
+embedding_scale = 1.0   # times lr for token embeddings, whose rows are seen rarely; Muon likes 30; tied ones take lr
 muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in step with lr
 min_lr = 3e-5           # where lr ends
 warmup_steps = 50       # steps of linear warm-up from 0 to lr
 beta1 = 0.9             # AdamW's memory of the mean gradient
-beta2 = 0.99            # AdamW's memory of the mean squared gradient; the usual 0.95 forgets too fast for batches as small as these
+beta2 = 0.99            # AdamW's memory of the mean squared gradient; 0.95 forgets too fast for batches this small
 eps = 1e-8              # added to AdamW's denominator
 weight_decay = 0.1      # of the matrices; RMSNorm's gains and token embeddings that are not tied do not decay
 grad_clip = 1.0         # largest norm of the whole gradient; 0: never clip
@@ -80,10 +80,10 @@ log_interval = 20       # steps between rows of log.csv; their losses are means 
 seed = 0                # decides the initial weights and every batch
 # machine
 device = ""             # cpu, cuda or mps; empty: the fastest at hand
-dtype = ""              # float32 (on CUDA its products run as TF32), or bfloat16 for the matrix products; empty: bfloat16 where the hardware has it
-fused = True            # AdamW's update by torch's kernel, in a third of the time that the formula's seven passes take on a CPU; False: by the formula
+dtype = ""              # float32 (TF32 products on CUDA), or bfloat16 products; empty: bfloat16 where hardware has it
+fused = True            # AdamW by torch's one kernel, a third of the time of its formula on a CPU; False: the formula
 compile = True          # fuse the model with torch.compile: less time per step, after some seconds of compilation
-shard = False           # with torchrun: spread weights and optimiser state over the processes, for models larger than one device
+shard = False           # with torchrun: spread weights and optimiser state over the processes, for large models
 
 RESULTS = ("ckpt.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
 COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
