@@ -1,11 +1,12 @@
 """
-The Transformer language model, every building block written from raw tensor operations; run as a script, it prints the resource accounting.
+The Transformer language model, every building block written from raw tensor operations; run as a script, it prints
+the resource accounting.
 
     $ python model.py                                 # the handout's questions, answered for GPT-2 small to XL
-    $ python model.py --d_model=768 --num_layers=12   # the same account of another model: the constants below, but for the flags given
+    $ python model.py --d_model=768 --num_layers=12   # the account of another model: the constants below, with flags
 
-Parameters, bytes, every matrix product of a forward pass with its FLOPs, AdamW's memory, and days of training. Units are powers of ten:
-1 GB = 1e9 bytes, 1 TFLOP = 1e12 floating-point operations; a multiply-add is 2 of them.
+Parameters, bytes, every matrix product of a forward pass with its FLOPs, AdamW's memory, and days of training.
+Units are powers of ten: 1 GB = 1e9 bytes, 1 TFLOP = 1e12 floating-point operations; a multiply-add is 2 of them.
 """
 import os
 import re
@@ -39,11 +40,13 @@ peak_tflops = 19.5          # the device's peak, TFLOP/s: an A100 in float32
 mfu = 0.5                   # model FLOPs utilisation, the share of the peak that training reaches
 
 
-# ---------------------------------------------------------------------------------------------------- building blocks
+# ------------------------------------------------------------------------------------------------------ building blocks
 # Shapes: B batch, T sequence, D d_model, H heads, d_k = D / H, V vocabulary; ... any leading dimensions.
 
 def at_least_float32(x):
-    """x in float32, or in float64 where it is that already: a sum of many terms, kept in bfloat16, would lose the small ones."""
+    """x in float32, or in float64 where it is that already:
+    a sum of many terms, kept in bfloat16, would lose the small ones.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -56,7 +59,10 @@ def truncated_normal(*shape, std, device=None, dtype=None):
 
 
 class Linear(nn.Module):
-    """y = W x, without bias; x (..., in_features) -> (..., out_features). weight (out, in) starts as N(0, 2 / (in + out)), Glorot's variance."""
+    """y = W x, without bias; x (..., in_features) -> (..., out_features).
+
+    weight (out, in) starts as N(0, 2 / (in + out)), Glorot's variance.
+    """
 
     def __init__(self, in_features, out_features, device=None, dtype=None):
         super().__init__()
@@ -75,12 +81,15 @@ class Embedding(nn.Module):
         self.weight = truncated_normal(num_embeddings, embedding_dim, std=1, device=device, dtype=dtype)
 
     def forward(self, token_ids):
-        # weight[token_ids] is the same, but the sum of its gradient runs on one core: 8 ms of a training step at the handout's shape, against 1.
+        # weight[token_ids] is the same, but the sum of its gradient runs on one core:
+        # 8 ms of a training step at the handout's shape, against 1.
         return self.weight.index_select(0, token_ids.flatten()).view(*token_ids.shape, self.weight.size(1))
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; (..., d_model) -> same (Zhang and Sennrich 2019, eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; (..., d_model) -> same
+    (Zhang and Sennrich 2019, eq. 4).
+    """
 
     def __init__(self, d_model, eps=1e-5, device=None, dtype=None):
         super().__init__()
@@ -120,9 +129,11 @@ class SiLUFeedForward(nn.Module):
 
 
 class RotaryPositionalEmbedding(nn.Module):
-    """Turn each pair (x[2k], x[2k+1]) by the angle position * theta^(-2k / d_k): of the positions, only their distance then enters q . k.
+    """Turn each pair (x[2k], x[2k+1]) by the angle position * theta^(-2k / d_k):
+    of the positions, only their distance then enters q . k.
 
-    x (..., T, d_k) and token_positions (..., T) -> (..., T, d_k); Su et al. 2021, eq. 15 and 34. Raises ValueError for an odd d_k.
+    x (..., T, d_k) and token_positions (..., T) -> (..., T, d_k); Su et al. 2021, eq. 15 and 34.
+    Raises ValueError for an odd d_k.
     """
 
     def __init__(self, theta, d_k, max_seq_len):
@@ -131,35 +142,40 @@ class RotaryPositionalEmbedding(nn.Module):
             raise ValueError(f"RoPE turns pairs: d_model / num_heads is {d_k}, but must be even")
         frequencies = theta ** -(torch.arange(0, d_k, 2).double() / d_k)                          # (d_k / 2)
         angles = torch.arange(max_seq_len).double()[:, None] * frequencies.repeat_interleave(2)   # (max_seq_len, d_k)
-        quarter_turn = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * (d_k // 2))  # (a, b) -> (-b, a) in every pair
+        # (a, b) -> (-b, a) in every pair
+        quarter_turn = torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * (d_k // 2))
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
         self.register_buffer("quarter_turn", quarter_turn, persistent=False)
 
     def forward(self, x, token_positions):
         cos, sin = self.cos[token_positions], self.sin[token_positions]   # (..., T, d_k)
-        # A point (a, b) turned by an angle is cos * (a, b) + sin * (-b, a). The product with quarter_turn adds no rounding, for each sum has one term,
-        # and runs on whole vectors; taking the pairs apart (x[..., 0::2] and x[..., 1::2]) made compiled attention a tenth slower on a CPU.
+        # A point (a, b) turned by an angle is cos * (a, b) + sin * (-b, a). The product with quarter_turn adds no
+        # rounding, for each sum has one term, and runs on whole vectors; taking the pairs apart (x[..., 0::2] and
+        # x[..., 1::2]) made compiled attention a tenth slower on a CPU.
         return (x * cos + x @ self.quarter_turn.to(x.dtype) * sin).to(x.dtype)
 
 
 def softmax(x, dim):
     """exp(x) / sum(exp(x)) along `dim`; the maximum is subtracted first, so that no exponential overflows."""
     x = at_least_float32(x)
-    # The maximum cancels, so its gradient is zero: detaching it is exact (in bfloat16, torch 2.13 compiles that gradient into NaN on the CPU).
+    # The maximum cancels, so its gradient is zero: detaching it is exact
+    # (in bfloat16, torch 2.13 compiles that gradient into NaN on the CPU).
     exponentials = torch.exp(x - x.amax(dim, keepdim=True).detach())
     return exponentials / exponentials.sum(dim, keepdim=True)
 
 
 def scaled_dot_product_attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d_k)) v: each query's mean of the values, weighted by its likeness to the keys (Vaswani et al. 2017, eq. 1).
+    """softmax(q k^T / sqrt(d_k)) v: each query's mean of the values, weighted by its likeness to the keys
+    (Vaswani et al. 2017, eq. 1).
 
-    q (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v) -> (..., T_q, d_v). mask: boolean (..., T_q, T_k), True where a query may look;
-    every query must see at least one key.
+    q (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v) -> (..., T_q, d_v). mask: boolean (..., T_q, T_k),
+    True where a query may look; every query must see at least one key.
     """
     scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5   # (..., T_q, T_k)
     if mask is not None:
-        # The sum compiles into faster loops than scores.masked_fill(~mask, float("-inf")): attention takes a fifth less time on a CPU.
+        # The sum compiles into faster loops than scores.masked_fill(~mask, float("-inf")):
+        # attention takes a fifth less time on a CPU.
         scores = scores + torch.where(mask, 0.0, float("-inf"))
     return softmax(scores, -1).to(v.dtype) @ v
 
@@ -167,26 +183,32 @@ def scaled_dot_product_attention(q, k, v, mask=None):
 def causal_attention(q, k, v, blocks=4):
     """Attention in which query i sees the keys 0 to i, and none of its future; q, k, v (..., T, d_k) -> (..., T, d_k).
 
-    The obvious version is one scaled_dot_product_attention under a triangular mask. Here each block of queries meets only the keys up to its own
-    end: 5/8 of the scores, in pieces that fit the cache, take under half the time at T = 256 on a CPU.
+    The obvious version is one scaled_dot_product_attention under a triangular mask. Here each block of queries meets
+    only the keys up to its own end: 5/8 of the scores, in pieces that fit the cache, take under half the time at
+    T = 256 on a CPU.
     """
     size = (q.size(-2) + blocks - 1) // blocks   # queries in a block, rounded up
     queries, keys, values = (x.split(size, dim=-2) for x in (q, k, v))
     outputs = []
     for i, block in enumerate(queries):   # (..., T_block, d_k)
         # The gradient of slices k[..., :end, :] would compile into slower loops than these.
-        seen_keys, seen_values = torch.cat(keys[:i + 1], dim=-2), torch.cat(values[:i + 1], dim=-2)   # (..., T_seen, d_k)
-        # The block's first query stands at position i * size, where the triangle's diagonal therefore begins: (T_block, T_seen).
+        seen_keys, seen_values = (torch.cat(keys[:i + 1], dim=-2),   # (..., T_seen, d_k)
+                                  torch.cat(values[:i + 1], dim=-2))
+        # The block's first query stands at position i * size,
+        # where the triangle's diagonal therefore begins: (T_block, T_seen).
         mask = torch.ones(block.size(-2), seen_keys.size(-2), dtype=torch.bool, device=q.device).tril(i * size)
         outputs.append(scaled_dot_product_attention(block, seen_keys, seen_values, mask))
     return torch.cat(outputs, dim=-2)
 
 
 class KVCache:
-    """The keys and values that one layer has computed so far, (B, H, T, d_k): a new token costs one position, not the whole context again."""
+    """The keys and values that one layer has computed so far, (B, H, T, d_k):
+    a new token costs one position, not the whole context again.
+    """
 
     def __init__(self, batch_size, num_heads, context_length, d_k, device=None, dtype=None):
-        self.keys, self.values = (torch.empty(batch_size, num_heads, context_length, d_k, device=device, dtype=dtype) for _ in range(2))
+        self.keys, self.values = (torch.empty(batch_size, num_heads, context_length, d_k, device=device, dtype=dtype)
+                                  for _ in range(2))
         self.length = 0
 
     def append(self, k, v):
@@ -199,14 +221,17 @@ class KVCache:
 def head_width(d_model, num_heads):
     """d_k, the width of one attention head. Raises ValueError if the heads do not divide d_model."""
     if num_heads < 1 or d_model % num_heads:
-        raise ValueError(f"d_model {d_model} cannot be split into {num_heads} heads: choose a num_heads that divides it")
+        raise ValueError(f"d_model {d_model} cannot be split into {num_heads} heads: "
+                         f"choose a num_heads that divides it")
     return d_model // num_heads
 
 
 class MultiHeadSelfAttention(nn.Module):
-    """Causal self-attention in num_heads subspaces of width d_k = d_model / num_heads; x (..., T, d_model) -> same (Vaswani et al. 2017, 3.2.2).
+    """Causal self-attention in num_heads subspaces of width d_k = d_model / num_heads; x (..., T, d_model) -> same
+    (Vaswani et al. 2017, 3.2.2).
 
-    rope: the shared RotaryPositionalEmbedding for queries and keys, or None. Raises ValueError if the heads do not divide d_model.
+    rope: the shared RotaryPositionalEmbedding for queries and keys, or None.
+    Raises ValueError if the heads do not divide d_model.
     """
 
     def __init__(self, d_model, num_heads, rope=None):
@@ -215,9 +240,12 @@ class MultiHeadSelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.output_proj = (Linear(d_model, d_model) for _ in range(4))
 
     def forward(self, x, token_positions=None, cache=None):
-        """token_positions: (T) or (..., T), counted from the cache's end by default. cache: the KVCache of this layer, which x's positions join."""
+        """token_positions: (T) or (..., T), counted from the cache's end by default.
+        cache: the KVCache of this layer, which x's positions join.
+        """
         past, T = cache.length if cache else 0, x.size(-2)
-        q, k, v = (proj(x).unflatten(-1, (self.num_heads, self.d_k)).transpose(-3, -2)   # (..., T, D) -> (..., T, H, d_k) -> (..., H, T, d_k)
+        q, k, v = (proj(x).unflatten(-1, (self.num_heads, self.d_k))   # (..., T, D) -> (..., T, H, d_k)
+                   .transpose(-3, -2)                                  # -> (..., H, T, d_k)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is not None:
             if token_positions is None:
@@ -225,7 +253,8 @@ class MultiHeadSelfAttention(nn.Module):
             token_positions = token_positions[..., None, :]   # the same for every head
             q, k = self.rope(q, token_positions), self.rope(k, token_positions)
         if cache:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if T > 1 else None   # a single new query sees every key
+            # a single new query sees every key
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if T > 1 else None
             heads = scaled_dot_product_attention(q, *cache.append(k, v), mask)
         else:
             heads = causal_attention(q, k, v)   # (..., H, T, d_k)
@@ -233,12 +262,16 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); (..., T, d_model) -> same. With post_norm, norm(x + f(x)) instead; without rms_norm, no norm."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); (..., T, d_model) -> same.
+
+    With post_norm, norm(x + f(x)) instead; without rms_norm, no norm.
+    """
 
     def __init__(self, d_model, num_heads, d_ff, rope=None, post_norm=False, rms_norm=True, swiglu=True):
         super().__init__()
         self.post_norm = post_norm
-        self.ln1, self.ln2 = (RMSNorm(d_model) if rms_norm else nn.Sequential() for _ in range(2))   # an empty one gives back its input
+        self.ln1, self.ln2 = (RMSNorm(d_model) if rms_norm else nn.Sequential()   # an empty one gives back its input
+                              for _ in range(2))
         self.attn = MultiHeadSelfAttention(d_model, num_heads, rope)
         self.ffn = (SwiGLU if swiglu else SiLUFeedForward)(d_model, d_ff)
 
@@ -251,48 +284,59 @@ class TransformerBlock(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target] = log(sum(exp(logits))) - logits[target], in nats: logits (..., V), targets (...) -> scalar."""
+    """Mean of -log softmax(logits)[target] = log(sum(exp(logits))) - logits[target], in nats:
+    logits (..., V), targets (...) -> scalar.
+    """
     logits = at_least_float32(logits)
-    shifted = logits - logits.amax(-1, keepdim=True).detach()   # neither overflow at large logits nor log(0) at small ones
-    # The target's logit is picked by a comparison that fuses with the sums; shifted.gather would spend a tenth of a training step on its gradient.
+    # neither overflow at large logits nor log(0) at small ones
+    shifted = logits - logits.amax(-1, keepdim=True).detach()
+    # The target's logit is picked by a comparison that fuses with the sums;
+    # shifted.gather would spend a tenth of a training step on its gradient.
     is_target = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]   # (..., V)
     of_target = torch.where(is_target, shifted, 0).sum(-1)                                  # (...)
     return (shifted.exp().sum(-1).log() - of_target).mean()
 
 
 def default_d_ff(d_model, swiglu=True):
-    """The usual width of the feed-forward network: with a gate the multiple of 64 nearest to 8/3 d_model, without one 4 d_model."""
+    """The usual width of the feed-forward network:
+    with a gate the multiple of 64 nearest to 8/3 d_model, without one 4 d_model.
+    """
     return max(1, round(8 / 3 * d_model / 64)) * 64 if swiglu else 4 * d_model
 
 
 class TransformerLM(nn.Module):
-    """A decoder-only Transformer: token ids (B, T) -> logits of the next token (B, T, V). d_ff 0 or None is default_d_ff.
+    """A decoder-only Transformer: token ids (B, T) -> logits of the next token (B, T, V).
 
-    The ablations: post_norm, rms_norm=False, rope=False (no positions at all), swiglu=False (ungated), tie_embeddings (one matrix for both ends).
+    d_ff 0 or None is default_d_ff. The ablations: post_norm, rms_norm=False, rope=False (no positions at all),
+    swiglu=False (ungated), tie_embeddings (one matrix for both ends).
     Raises ValueError for a shape that does not fit together and for more tokens than context_length.
     """
 
     def __init__(self, vocab_size, context_length, num_layers, d_model, num_heads, d_ff=None, rope_theta=10000.0,
                  post_norm=False, rms_norm=True, rope=True, swiglu=True, tie_embeddings=False):
         super().__init__()
-        shape = dict(vocab_size=vocab_size, context_length=context_length, num_layers=num_layers, d_model=d_model, num_heads=num_heads)
+        shape = dict(vocab_size=vocab_size, context_length=context_length, num_layers=num_layers,
+                     d_model=d_model, num_heads=num_heads)
         for name, size in shape.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}, but must be at least 1")
         self.context_length = context_length
         rotary = RotaryPositionalEmbedding(rope_theta, head_width(d_model, num_heads), context_length) if rope else None
         self.token_embeddings = Embedding(vocab_size, d_model)
-        self.layers = nn.ModuleList(TransformerBlock(d_model, num_heads, d_ff or default_d_ff(d_model, swiglu), rotary, post_norm, rms_norm, swiglu)
+        self.layers = nn.ModuleList(TransformerBlock(d_model, num_heads, d_ff or default_d_ff(d_model, swiglu), rotary,
+                                                     post_norm, rms_norm, swiglu)
                                     for _ in range(num_layers))
         self.ln_final = RMSNorm(d_model) if rms_norm else nn.Sequential()
         self.lm_head = Linear(d_model, vocab_size)
         if tie_embeddings:
-            self.token_embeddings.weight = self.lm_head.weight   # with the head's small deviation: an N(0, 1) head would start with huge logits
+            # with the head's small deviation: an N(0, 1) head would start with huge logits
+            self.token_embeddings.weight = self.lm_head.weight
 
     def new_cache(self, batch_size=1):
         """An empty KVCache for each layer, to be passed to forward."""
         weight, attn = self.token_embeddings.weight, self.layers[0].attn
-        return [KVCache(batch_size, attn.num_heads, self.context_length, attn.d_k, weight.device, weight.dtype) for _ in self.layers]
+        return [KVCache(batch_size, attn.num_heads, self.context_length, attn.d_k, weight.device, weight.dtype)
+                for _ in self.layers]
 
     def hidden_states(self, token_ids, cache=None):
         """The residual stream after the last block, (B, T, D)."""
@@ -305,12 +349,18 @@ class TransformerLM(nn.Module):
         return x
 
     def forward(self, token_ids, cache=None):
-        """Logits (B, T, V). With a cache (from new_cache), token_ids follow the ones it has seen, and only the last position's logits (B, 1, V) return."""
+        """Logits (B, T, V).
+
+        With a cache (from new_cache), token_ids follow the ones it has seen,
+        and only the last position's logits (B, 1, V) return.
+        """
         x = self.hidden_states(token_ids, cache)
         return self.lm_head(self.ln_final(x if cache is None else x[:, -1:]))
 
     def head_loss(self, x, targets):
-        """Mean cross-entropy of the logits that follow from hidden states x (B, T, D): a function of its own, so that torch.compile can fuse it alone."""
+        """Mean cross-entropy of the logits that follow from hidden states x (B, T, D):
+        a function of its own, so that torch.compile can fuse it alone.
+        """
         return cross_entropy(self.lm_head(self.ln_final(x)), targets)
 
     def loss(self, token_ids, targets):
@@ -320,20 +370,22 @@ class TransformerLM(nn.Module):
     def compile_parts(self):
         """From their next call on, run each block, and the head with its loss, as code that torch.compile has fused.
 
-        All blocks share one compilation, so four of them take 31 s rather than the 50 s of torch.compile(model.loss), and run as fast.
+        All blocks share one compilation, so four of them take 31 s rather than the 50 s of torch.compile(model.loss),
+        and run as fast.
         """
         for layer in self.layers:
             layer.compile(dynamic=False)
         self.head_loss = torch.compile(self.head_loss, dynamic=False)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 CRC_OF_WHOLE = 0x2144DF1C   # what CRC-32 gives for any bytes with their own CRC-32 behind them, as a checkpoint has it
 
 
 def read_checkpoint(src):
-    """What train.py's save_checkpoint wrote to a path or binary file object, as a dict of tensors and plain values on the CPU.
+    """What train.py's save_checkpoint wrote to a path or binary file object,
+    as a dict of tensors and plain values on the CPU.
 
     Raises ValueError unless the file is whole, to the last bit. No code from the file is run.
     """
@@ -350,23 +402,28 @@ def read_checkpoint(src):
         except Exception:  # torch and pickle have many ways to say that a file is foreign
             saved = {}
     if not (isinstance(saved, dict) and {"model", "optimizer", "iteration"} <= saved.keys()):
-        raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, or is no checkpoint of train.py")
+        raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, "
+                         f"or is no checkpoint of train.py")
     return saved
 
 
-# ------------------------------------------------------------------------------------------------ resource accounting
-# Counted on models of the "meta" device, whose tensors have shapes but no memory. Handout, sections 3.6 (FLOPs) and 4.3 (AdamW).
+# -------------------------------------------------------------------------------------------------- resource accounting
+# Counted on models of the "meta" device, whose tensors have shapes but no memory.
+# Handout, sections 3.6 (FLOPs) and 4.3 (AdamW).
 
 # The first mark that occurs in a parameter's name tells the part: "_proj" stands before "attn", in which q_proj lies.
-COMPONENTS = {"token embeddings": "token_embeddings", "projections": "_proj", "attention core": "attn", "FFN": "ffn", "RMSNorm": "ln", "LM head": "lm_head"}
-GPT2 = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20), "XL": (48, 1600, 25)}   # layers, d_model, heads
+COMPONENTS = {"token embeddings": "token_embeddings", "projections": "_proj", "attention core": "attn",
+              "FFN": "ffn", "RMSNorm": "ln", "LM head": "lm_head"}
+GPT2 = {"small": (12, 768, 12), "medium": (24, 1024, 16),   # layers, d_model, heads
+        "large": (36, 1280, 20), "XL": (48, 1600, 25)}
 GB, GFLOP, TFLOP, DAY = 1e9, 1e9, 1e12, 24 * 60 * 60
 
 
 def meta_model(*shape, **switches):
     """A TransformerLM without memory or values, to count on.
 
-    It goes without RoPE, which has neither parameters nor matrix products, and whose arithmetic on this device would load more of torch for a second.
+    It goes without RoPE, which has neither parameters nor matrix products,
+    and whose arithmetic on this device would load more of torch for a second.
     """
     with torch.device("meta"):
         return TransformerLM(*shape, rope=False, **switches)
@@ -392,9 +449,11 @@ def parameters(model):
 
 
 def matrix_products(model):
-    """Every matrix product of a forward pass over one full context: {name: (times, m, k, n)}, that is, `times` products (m, k) x (k, n).
+    """Every matrix product of a forward pass over one full context:
+    {name: (times, m, k, n)}, that is, `times` products (m, k) x (k, n).
 
-    Read off the model's modules: a Linear is one product, attention is two for each head. The layers are added up, as layers.*.
+    Read off the model's modules: a Linear is one product, attention is two for each head.
+    The layers are added up, as layers.*.
     """
     T, products = model.context_length, {}
     for name, module in model.named_modules():
@@ -413,12 +472,17 @@ def matrix_products(model):
 
 
 def flops(times, m, k, n):
-    """Floating-point operations of `times` products (m, k) x (k, n): each of the m n sums takes k multiplications and k additions."""
+    """Floating-point operations of `times` products (m, k) x (k, n):
+    each of the m n sums takes k multiplications and k additions.
+    """
     return 2 * times * m * k * n
 
 
 def forward_flops(model):
-    """The FLOPs of each component in a forward pass over one full context, a dict. Only matrix products count; the rest is under 1 % in GPT-2."""
+    """The FLOPs of each component in a forward pass over one full context, a dict.
+
+    Only matrix products count; the rest is under 1 % in GPT-2.
+    """
     counts = {}
     for name, product in matrix_products(model).items():
         counts[component(name)] = counts.get(component(name), 0) + flops(*product)
@@ -426,7 +490,8 @@ def forward_flops(model):
 
 
 def training_flops(model):
-    """FLOPs of the forward and backward pass for one token of a full context: the backward pass has two products for each of the forward's.
+    """FLOPs of the forward and backward pass for one token of a full context:
+    the backward pass has two products for each of the forward's.
 
     Attention counts in full, T x T, as MFU is usually reported, though causal_attention leaves some of it out.
     """
@@ -439,15 +504,20 @@ def activations(model):
     These are the results of every matrix product, softmax, SiLU, gate and RMSNorm, and of the cross-entropy.
     """
     results = {name: times * m * n for name, (times, m, k, n) in matrix_products(model).items()}
-    followed = sum(size for name, size in results.items() if name.endswith(("q k^T", "w1", "w3", "lm_head")))   # by a softmax, SiLU, gate, cross-entropy
+    followed = sum(size for name, size in results.items()
+                   if name.endswith(("q k^T", "w1", "w3", "lm_head")))   # by a softmax, SiLU, gate, cross-entropy
     norms = sum(isinstance(module, RMSNorm) for module in model.modules())
     return sum(results.values()) + followed + norms * model.context_length * model.token_embeddings.weight.size(1)
 
 
 def adamw_memory(model, batch_size):
-    """The bytes of training in float32 with AdamW, by what they hold, a dict. Attention that keeps no T x T scores needs less than this."""
+    """The bytes of training in float32 with AdamW, by what they hold, a dict.
+
+    Attention that keeps no T x T scores needs less than this.
+    """
     P = sum(parameters(model).values())
-    return {"weights": 4 * P, "gradients": 4 * P, "moments": 2 * 4 * P, "activations": 4 * batch_size * activations(model)}
+    return {"weights": 4 * P, "gradients": 4 * P, "moments": 2 * 4 * P,
+            "activations": 4 * batch_size * activations(model)}
 
 
 def largest_batch(model, memory):
@@ -456,7 +526,9 @@ def largest_batch(model, memory):
 
 
 def training_days(model, steps, batch_size, flops_per_second):
-    """Days of training for `steps` steps of batch_size full contexts, on a device that does so many useful FLOPs a second."""
+    """Days of training for `steps` steps of batch_size full contexts,
+    on a device that does so many useful FLOPs a second.
+    """
     return steps * batch_size * model.context_length * training_flops(model) / flops_per_second / DAY
 
 
@@ -472,7 +544,8 @@ def print_model(model):
 
     products = matrix_products(model)
     total = sum(flops(*product) for product in products.values())
-    print(f"{f'products of a forward pass over {model.context_length:,} tokens':<48}{'(m, k) x (k, n)':>28}{'GFLOPs':>12}{'share':>9}")
+    print(f"{f'products of a forward pass over {model.context_length:,} tokens':<48}"
+          f"{'(m, k) x (k, n)':>28}{'GFLOPs':>12}{'share':>9}")
     for name, (times, m, k, n) in products.items():
         shape = f"{times:,} of ({m}, {k}) x ({k}, {n})"
         print(f"  {name:<28}{shape:>46}{flops(times, m, k, n) / GFLOP:>12,.2f}{flops(times, m, k, n) / total:>9.1%}")
@@ -490,8 +563,9 @@ def print_family():
             spent = forward_flops(untied)
             total = totals[size, context] = sum(spent.values())
             shares = [spent[part] / total for part in ("projections", "attention core", "FFN", "LM head")]
-            print(f"  {size:<7}{'gated' if swiglu else 'ungated':<8}{context:>6,}{sum(parameters(untied).values()):>16,}"
-                  f"{sum(parameters(tied).values()):>15,}{total / TFLOP:>8.4g}" + "{:>8.1%}{:>11.1%}{:>7.1%}{:>8.1%}".format(*shares))
+            print(f"  {size:<7}{'gated' if swiglu else 'ungated':<8}{context:>6,}"
+                  f"{sum(parameters(untied).values()):>16,}{sum(parameters(tied).values()):>15,}{total / TFLOP:>8.4g}"
+                  + "{:>8.1%}{:>11.1%}{:>7.1%}{:>8.1%}".format(*shares))
         print(f"{'sixteen times the context:':>56}{totals['XL', 16384] / totals['XL', 1024]:>6.1f} x")
 
 
@@ -500,18 +574,21 @@ def print_training(model, batch_size, steps, memory, flops_per_second):
     layers, gated = len(model.layers), isinstance(model.layers[0].ffn, SwiGLU)
     tied = model.lm_head.weight is model.token_embeddings.weight
     (V, D), F = model.token_embeddings.weight.shape, model.layers[0].ffn.w1.weight.size(0)
-    total, state, each = sum(parameters(model).values()), sum(adamw_memory(model, 0).values()), adamw_memory(model, 1)["activations"]
+    total, state, each = (sum(parameters(model).values()), sum(adamw_memory(model, 0).values()),
+                          adamw_memory(model, 1)["activations"])
     step = training_flops(model) * model.context_length * batch_size
-    print(f"AdamW in float32, a batch of B sequences; {'gated' if gated else 'ungated'}, {'tied' if tied else 'untied'}, "
-          f"N = {layers} layers, D = {D:,}, F = {F:,},")
+    print(f"AdamW in float32, a batch of B sequences; {'gated' if gated else 'ungated'}, "
+          f"{'tied' if tied else 'untied'}, N = {layers} layers, D = {D:,}, F = {F:,},")
     print(f"H = {model.layers[0].attn.num_heads} heads, T = {model.context_length:,} tokens, vocabulary V = {V:,}")
     print(f"  parameters   P = {'' if tied else '2 '}V D + N (4 D^2 + {3 if gated else 2} D F + 2 D) + D = {total:,}")
     print(f"  state        16 P bytes: weights 4, gradients 4, two moments 8     {state / GB:>15,.2f} GB")
-    print(f"  activations  4 B (N (T (8 D + {4 if gated else 2} F) + 2 H T^2) + T D + 2 T V) bytes   {each / GB:>12,.2f} GB for B = 1")
+    print(f"  activations  4 B (N (T (8 D + {4 if gated else 2} F) + 2 H T^2) + T D + 2 T V) bytes   "
+          f"{each / GB:>12,.2f} GB for B = 1")
     print(f"  largest batch in {memory / GB:g} GB: {max(0, largest_batch(model, memory)):,}")
     print(f"  a step of {batch_size:,} sequences, backward twice the forward: {step / TFLOP:,.2f} TFLOPs; "
           f"AdamW's own 14 P: {14 * total / TFLOP:.3f}")
-    print(f"  {steps:,} steps at {flops_per_second / TFLOP:.4g} TFLOP/s: {training_days(model, steps, batch_size, flops_per_second):,.0f} days")
+    print(f"  {steps:,} steps at {flops_per_second / TFLOP:.4g} TFLOP/s: "
+          f"{training_days(model, steps, batch_size, flops_per_second):,.0f} days")
 
 
 def main():
@@ -520,7 +597,8 @@ def main():
         require(globals()[name] > 0, f"--{name}={globals()[name]}: must be above 0")
     training = batch_size, steps, memory_gb * GB, peak_tflops * TFLOP * mfu
     if len(sys.argv) > 1:
-        model = meta_model(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu=swiglu, tie_embeddings=tie_embeddings)
+        model = meta_model(vocab_size, context_length, num_layers, d_model, num_heads, d_ff,
+                           swiglu=swiglu, tie_embeddings=tie_embeddings)
         print_model(model)
         print()
         print_training(model, *training)

@@ -32,9 +32,9 @@ import sample
 import train
 from bpe import Tokenizer, train_bpe
 from model import (
-    Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, TransformerBlock, TransformerLM,
-    activations, adamw_memory, causal_attention, cross_entropy, forward_flops, gpt2, largest_batch, matrix_products, meta_model,
-    parameters, scaled_dot_product_attention, silu, softmax, training_days, training_flops)
+    Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, TransformerBlock,
+    TransformerLM, activations, adamw_memory, causal_attention, cross_entropy, forward_flops, gpt2, largest_batch,
+    matrix_products, meta_model, parameters, scaled_dot_product_attention, silu, softmax, training_days, training_flops)
 from sample import candidates, generate, print_streamed, streamed, surprise
 from train import (
     AdamW, Muon, SGD, get_batch, get_lr_cosine_schedule, gradient_clipping, load_checkpoint, load_tokens, orthogonalise,
@@ -44,12 +44,14 @@ ROOT = Path(__file__).resolve().parent
 END = "<|endoftext|>"
 
 
-# ---------------------------------------------------------------------------------------------------------------- bpe.py
+# --------------------------------------------------------------------------------------------------------------- bpe.py
 
 # The plain definitions, word by word from the handout: what the fast versions in bpe.py are held against.
 
 def plain_split(text, specials):
-    """The pieces of a text between special tokens (str), and the special tokens: the leftmost match first, of those the longest."""
+    """The pieces of a text between special tokens (str), and the special tokens:
+    the leftmost match first, of those the longest.
+    """
     pieces, start, i = [], 0, 0
     while i < len(text):
         match = max((token for token in specials if text.startswith(token, i)), key=len, default=None)
@@ -117,10 +119,12 @@ def plain_encode(text, vocab, merges, specials=()):
     return out
 
 
-SPACES = [chr(point) for point in range(0x3001) if regex.match(r"\s", chr(point))] + ["\x1c", "\x1f", "\u180e", "\u200b", "\ufeff"]
+SPACES = [chr(point) for point in range(0x3001) if regex.match(r"\s", chr(point))] + [
+    "\x1c", "\x1f", "\u180e", "\u200b", "\ufeff"]
 BITS = SPACES + [" "] * 20 + ["\n"] * 6 + ["\r\n", "\t", "  ", "    ", " \n"] + list("aaabbstdmlvre'''0123_-.,!") + [
-    "'s", "'ll", "'ve", "don't", "they'll", "é", "\u0301", "中", "文字", "😀", "👩\u200d🔬", "½", "٣", "Ⅷ", "ß", "\0", "\x7f", "\ufffd", "\U0003ffff",
-    "\U00040000", "\U0010ffff", "the", " the", "ing", "<|", "|>", END, "aab", "zq", "longer-than-fifteen", "abcdefghijklmnop", "0123456789abcdef" * 3]
+    "'s", "'ll", "'ve", "don't", "they'll", "é", "\u0301", "中", "文字", "😀", "👩\u200d🔬", "½", "٣", "Ⅷ", "ß", "\0",
+    "\x7f", "\ufffd", "\U0003ffff", "\U00040000", "\U0010ffff", "the", " the", "ing", "<|", "|>", END, "aab", "zq",
+    "longer-than-fifteen", "abcdefghijklmnop", "0123456789abcdef" * 3]
 SPECIALS = [END, "<|", "<|end", "aab", "a b", " z", "zq ", "q\nz", "b", "'s", "x<|", "…"]
 
 
@@ -138,7 +142,8 @@ def write(path, text):
 
 
 def test_the_handouts_example_merges_in_the_handouts_order(tmp_path):
-    text = write(tmp_path / "text", "low low low low low lower lower widest widest widest newest newest newest newest newest newest")
+    text = write(tmp_path / "text", "low low low low low lower lower widest widest widest "
+                                    "newest newest newest newest newest newest")
     _, merges = train_bpe(text, 256 + 6 + 1, [END])
     assert [left + right for left, right in merges[:4]] == [b"st", b"est", b"ow", b"low"]
     _, merges = train_bpe(write(tmp_path / "ties", "ab ab cd cd"), 256 + 1, [])
@@ -168,7 +173,8 @@ def test_pretokens_are_those_of_the_plain_pattern():
         places, lengths, is_special = bpe.pretokenise(raw, bpe.special_pattern([token.encode() for token in specials]))
         found = [raw[place:place + length].decode() for place, length in zip(places, lengths)]
         assert found == plain_pretokens(text, specials), (text, specials)
-        assert [word for word, special in zip(found, is_special) if special] == [piece for piece, special in plain_split(text, specials) if special]
+        assert ([word for word, special in zip(found, is_special) if special]
+                == [piece for piece, special in plain_split(text, specials) if special])
 
 
 def test_no_cut_changes_a_token():
@@ -201,7 +207,8 @@ def test_training_equals_the_plain_trainer_for_any_number_of_processes(tmp_path,
         text, specials = random_text(rng, 400), random_specials(rng)
         if text:
             size = 256 + len(specials) + rng.choice([0, 5, 50, 400])
-            assert train_bpe(write(tmp_path / "text", text), size, specials, processes) == plain_train(text, size, specials), (text, specials)
+            assert (train_bpe(write(tmp_path / "text", text), size, specials, processes)
+                    == plain_train(text, size, specials)), (text, specials)
 
 
 def test_training_on_ties_and_repeats_equals_the_plain_trainer(tmp_path):
@@ -215,7 +222,8 @@ def test_training_on_ties_and_repeats_equals_the_plain_trainer(tmp_path):
 def test_malformed_utf8_counts_as_replacement_characters_wherever_it_is_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(bpe, "BLOCK", 16)
     rng = random.Random(4)
-    pieces = [b"\xff", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xf0\x9f\x98", b"\x80", b"\xed\xa0\x80", b" ", b" ", b"\n", b"ab", "é ".encode(), "\ufffd".encode()]
+    pieces = [b"\xff", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xf0\x9f\x98", b"\x80", b"\xed\xa0\x80", b" ", b" ", b"\n",
+              b"ab", "é ".encode(), "\ufffd".encode()]
     tokenizer = None
     for _ in range(100):
         raw = b"".join(rng.choice(pieces) for _ in range(rng.randrange(1, 60)))
@@ -223,7 +231,8 @@ def test_malformed_utf8_counts_as_replacement_characters_wherever_it_is_cut(tmp_
         vocab, merges = train_bpe(path, 300, [], 1)
         assert (vocab, merges) == plain_train(raw.decode(errors="replace"), 300, [])
         tokenizer, seen = Tokenizer(vocab, merges), []
-        tokenizer.encode_file(path, tmp_path / "ids", 1, tell=lambda phase, done, total, malformed: seen.append(malformed))
+        tokenizer.encode_file(path, tmp_path / "ids", 1,
+                              tell=lambda phase, done, total, malformed: seen.append(malformed))
         assert np.fromfile(tmp_path / "ids", "<u2").tolist() == tokenizer.encode(raw.decode(errors="replace"))
         assert sum(seen) == raw.decode(errors="replace").count("\ufffd") - raw.count("\ufffd".encode())
 
@@ -254,7 +263,8 @@ def test_encoding_equals_the_plain_encoder_and_decodes_to_the_text(trained):
     for _ in range(300):
         text = random_text(rng)
         ids = tokenizer.encode(text)
-        assert ids == plain_encode(text, vocab, merges, list(tokenizer.special_tokens)) and tokenizer.decode(ids) == text
+        assert (ids == plain_encode(text, vocab, merges, list(tokenizer.special_tokens))
+                and tokenizer.decode(ids) == text)
         assert tokenizer.encode_bytes(text.encode()).tolist() == ids  # the array code that long texts take
 
 
@@ -342,10 +352,13 @@ def test_saved_files_have_gpt2s_layout_and_load_again(trained, tmp_path):
     table = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")
     assert lines[0] == "#version: 0.2" and len(lines) == len(tokenizer.merges) + 2
-    assert table["\u0120"] == 32 and table["\u010a"] == 10 and table["!"] == 33 and table[END] == 256 + len(tokenizer.merges) and table["a b"] > 256
+    assert (table["\u0120"] == 32 and table["\u010a"] == 10 and table["!"] == 33
+            and table[END] == 256 + len(tokenizer.merges) and table["a b"] > 256)
     (tmp_path / "merges.txt").write_text("\n".join(lines[1:]), encoding="utf-8")  # the version line may be absent
-    for loaded in (Tokenizer.from_folder(tmp_path), Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", [END, "<|", "a b"])):
-        assert (loaded.vocab, loaded.merges, loaded.special_tokens) == (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
+    for loaded in (Tokenizer.from_folder(tmp_path),
+                   Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", [END, "<|", "a b"])):
+        assert ((loaded.vocab, loaded.merges, loaded.special_tokens)
+                == (tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens))
 
 
 def test_decoding_replaces_malformed_bytes_and_refuses_unknown_ids(trained):
@@ -357,7 +370,8 @@ def test_decoding_replaces_malformed_bytes_and_refuses_unknown_ids(trained):
 def test_what_would_be_ambiguous_is_refused(tmp_path):
     with pytest.raises(ValueError, match="empty text"):
         train_bpe(write(tmp_path / "text.txt", "some text"), 300, [""])
-    merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"abc", b"ab"), (b"ab", b"c")]   # abcabc: does ab c come first, or abc ab?
+    # abcabc: does ab c come first, or abc ab?
+    merges = [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"abc", b"ab"), (b"ab", b"c")]
     tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"bc", b"abc", b"abcab"]
     with pytest.raises(ValueError, match="b'ab' and b'c' make a token that an earlier merge joins already"):
         Tokenizer(dict(enumerate(tokens)), merges)
@@ -368,13 +382,16 @@ def test_a_tokenizer_from_a_folder_brings_its_own_end_of_document(tmp_path):
     assert finish(f"--data={text}", f"--data_dir={tmp_path / 'a'}", "--special_tokens=</s>", "--vocab_size=300")[0] == 0
     assert finish(f"--data={text}", f"--data_dir={tmp_path / 'b'}", f"--tokenizer_dir={tmp_path / 'a'}")[0] == 0
     for folder in (tmp_path / "a", tmp_path / "b"):
-        assert Tokenizer.from_folder(folder).decode(np.fromfile(folder / "val.bin", np.uint16).tolist()).startswith("Story 1")
+        assert Tokenizer.from_folder(folder).decode(
+            np.fromfile(folder / "val.bin", np.uint16).tolist()).startswith("Story 1")
 
 
 @pytest.mark.parametrize("vocab, merges, message", [
-    ("{", "", "no JSON object"), ("[1]", "", "no JSON object"), ('{"a": 0, "a": 1}', "", "twice"), ('{"a": 0, "b": 0}', "", "twice"),
+    ("{", "", "no JSON object"), ("[1]", "", "no JSON object"),
+    ('{"a": 0, "a": 1}', "", "twice"), ('{"a": 0, "b": 0}', "", "twice"),
     ('{"a": 1.5}', "", "no whole number"), ('{"a": 3}', "", "are not 0 to 0"), ('{"a": 0}', "", "lacks the byte"),
-    (None, "a b c\n", "line 1"), (None, "a\n", "line 1"), (None, "x y\n", "does not fit"), (None, "abc d\n", "does not fit")])
+    (None, "a b c\n", "line 1"), (None, "a\n", "line 1"),
+    (None, "x y\n", "does not fit"), (None, "abc d\n", "does not fit")])
 def test_broken_tokenizer_files_are_refused_by_name(tmp_path, vocab, merges, message):
     Tokenizer(dict(enumerate(bytes([byte]) for byte in range(256))), []).save(tmp_path)
     if vocab:
@@ -385,10 +402,11 @@ def test_broken_tokenizer_files_are_refused_by_name(tmp_path, vocab, merges, mes
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------- model.py: the building blocks
+# ---------------------------------------------------------------------------------------- model.py: the building blocks
 
 SMALL = dict(vocab_size=50, context_length=16, num_layers=2, d_model=32, num_heads=4, d_ff=64)
-ABLATIONS = [dict(), dict(post_norm=True), dict(rms_norm=False), dict(rope=False), dict(swiglu=False), dict(tie_embeddings=True)]
+ABLATIONS = [dict(), dict(post_norm=True), dict(rms_norm=False), dict(rope=False), dict(swiglu=False),
+             dict(tie_embeddings=True)]
 
 
 def randn(*shape):
@@ -437,7 +455,8 @@ def test_rms_norm_is_torchs_and_works_in_float32_inside():
     layer.weight.data.normal_()
     same_with_gradients(layer(x), F.rms_norm(x, (6,), layer.weight, eps=1e-5), x, layer.weight)
     huge = torch.full((1, 6), 300.0, dtype=torch.float16)   # its square overflows float16
-    assert RMSNorm(6)(huge).dtype == torch.float16 and torch.allclose(RMSNorm(6)(huge), torch.ones(1, 6, dtype=torch.float16))
+    assert (RMSNorm(6)(huge).dtype == torch.float16
+            and torch.allclose(RMSNorm(6)(huge), torch.ones(1, 6, dtype=torch.float16)))
 
 
 def test_silu_and_swiglu_are_their_formulas():
@@ -455,9 +474,11 @@ def test_softmax_is_torchs_along_any_dimension_and_at_extremes():
 
 
 def test_rope_turns_neighbouring_pairs_as_complex_numbers():
-    rope, x, positions = RotaryPositionalEmbedding(10000.0, 8, 32), randn(2, 5, 8), torch.tensor([[0, 1, 2, 3, 4], [31, 7, 7, 0, 2]])
+    rope, x, positions = (RotaryPositionalEmbedding(10000.0, 8, 32), randn(2, 5, 8),
+                          torch.tensor([[0, 1, 2, 3, 4], [31, 7, 7, 0, 2]]))
     angles = positions[..., None] * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))
+                                * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
     same(rope(x, positions), turned, 1e-6)   # the tables are float32
     same(rope(x, positions).norm(dim=-1), x.norm(dim=-1), 1e-6)
     assert torch.equal(rope(x[1], positions[1]), rope(x, positions)[1])
@@ -477,7 +498,8 @@ def test_attention_is_torchs_with_and_without_a_mask(shape):
     mask = torch.rand(4, 5) < 0.5
     mask[:, 2] = True
     for allowed in (None, mask):
-        same_with_gradients(scaled_dot_product_attention(q, k, v, allowed), F.scaled_dot_product_attention(q, k, v, allowed), q, k, v)
+        same_with_gradients(scaled_dot_product_attention(q, k, v, allowed),
+                            F.scaled_dot_product_attention(q, k, v, allowed), q, k, v)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 64, 129])
@@ -487,7 +509,8 @@ def test_causal_attention_in_blocks_is_attention_under_one_triangular_mask(lengt
 
 
 def test_multi_head_attention_is_torchs_nn_multihead_attention():
-    ours, theirs, x = MultiHeadSelfAttention(32, 4).double(), torch.nn.MultiheadAttention(32, 4, bias=False, batch_first=True).double(), randn(2, 7, 32)
+    ours, theirs, x = (MultiHeadSelfAttention(32, 4).double(),
+                       torch.nn.MultiheadAttention(32, 4, bias=False, batch_first=True).double(), randn(2, 7, 32))
     theirs.in_proj_weight.data = torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]).data
     theirs.out_proj.weight.data = ours.output_proj.weight.data
     same(ours(x), theirs(x, x, x, attn_mask=torch.ones(7, 7, dtype=torch.bool).triu(1), need_weights=False)[0])
@@ -519,7 +542,8 @@ def test_block_is_pre_norm_or_post_norm_or_without_norm():
 
 def test_cross_entropy_is_torchs_over_any_leading_dimensions():
     logits, targets = randn(2, 3, 7), torch.tensor([[0, 6, 3], [3, 3, 1]])
-    same_with_gradients(cross_entropy(logits, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits)
+    same_with_gradients(cross_entropy(logits, targets),
+                        F.cross_entropy(logits.flatten(0, 1), targets.flatten()), logits)
     same(cross_entropy(logits[0, 0], targets[0, 0]), F.cross_entropy(logits[0, 0], targets[0, 0]))
 
 
@@ -527,12 +551,15 @@ def test_cross_entropy_survives_extreme_logits():
     logits = torch.tensor([[1e30, -1e30], [1e4, 0.0], [-1e4, 1e4]])
     assert cross_entropy(logits[:2], torch.tensor([0, 0])).item() == 0
     assert cross_entropy(logits[1:], torch.tensor([1, 0])).item() == 15000
-    assert cross_entropy(torch.tensor([[3.0, 3.0]], dtype=torch.bfloat16), torch.tensor([1])).item() == pytest.approx(math.log(2))
+    assert (cross_entropy(torch.tensor([[3.0, 3.0]], dtype=torch.bfloat16), torch.tensor([1])).item()
+            == pytest.approx(math.log(2)))
 
 
 def test_state_dict_has_the_handouts_names_and_nothing_else():
-    layer = [f"{part}.weight" for part in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "ln1", "ln2", "ffn.w1", "ffn.w2", "ffn.w3")]
-    names = {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"} | {f"layers.{i}.{name}" for i in range(2) for name in layer}
+    layer = [f"{part}.weight" for part in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj",
+                                           "ln1", "ln2", "ffn.w1", "ffn.w2", "ffn.w3")]
+    names = {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"} | {
+        f"layers.{i}.{name}" for i in range(2) for name in layer}
     assert set(small_model().state_dict()) == names
     assert set(small_model(swiglu=False).state_dict()) == {name for name in names if "w3" not in name}
     assert set(small_model(rms_norm=False).state_dict()) == {name for name in names if "ln" not in name}
@@ -546,13 +573,16 @@ def test_initialisation_is_the_contracts():
             continue
         std = 1 if "embeddings" in name else (2 / sum(parameter.shape)) ** 0.5
         assert parameter.abs().max() <= 3 * std and parameter.abs().max() > 2.9 * std, name
-        assert parameter.std().item() == pytest.approx(0.9866 * std, rel=0.01), name   # the cut at 3 sigma takes 1.3 % of the deviation
+        # the cut at 3 sigma takes 1.3 % of the deviation
+        assert parameter.std().item() == pytest.approx(0.9866 * std, rel=0.01), name
         assert abs(parameter.mean().item()) < 0.01 * std, name
 
 
 def test_default_d_ff_is_a_multiple_of_64_near_8_3_d_model_or_4_d_model_without_the_gate():
-    assert [m.default_d_ff(d) for d in (512, 768, 1600, 8)] == [1344, 2048, 4288, 64] and m.default_d_ff(512, swiglu=False) == 2048
-    assert small_model(d_ff=0).layers[0].ffn.w1.weight.shape == (64, 32) and small_model(d_ff=0, swiglu=False).layers[0].ffn.w1.weight.shape == (128, 32)
+    assert ([m.default_d_ff(d) for d in (512, 768, 1600, 8)] == [1344, 2048, 4288, 64]
+            and m.default_d_ff(512, swiglu=False) == 2048)
+    assert (small_model(d_ff=0).layers[0].ffn.w1.weight.shape == (64, 32)
+            and small_model(d_ff=0, swiglu=False).layers[0].ffn.w1.weight.shape == (128, 32))
 
 
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
@@ -584,11 +614,13 @@ def test_ablations_are_what_they_say():
     one_rope = {id(layer.attn.rope) for layer in small_model().layers}
     assert len(one_rope) == 1
     tied = small_model(tie_embeddings=True)
-    assert tied.token_embeddings.weight is tied.lm_head.weight and len(list(tied.parameters())) == len(list(small_model().parameters())) - 1
+    assert (tied.token_embeddings.weight is tied.lm_head.weight
+            and len(list(tied.parameters())) == len(list(small_model().parameters())) - 1)
     # without positions, the last token's logits cannot tell the order of the ones before it
     ids = random_ids(1, 6)
     shuffled = ids[:, [2, 0, 1, 4, 3, 5]]
-    same(small_model(rope=False, num_layers=1)(ids)[:, -1], small_model(rope=False, num_layers=1)(shuffled)[:, -1], 1e-5)
+    same(small_model(rope=False, num_layers=1)(ids)[:, -1],
+         small_model(rope=False, num_layers=1)(shuffled)[:, -1], 1e-5)
     assert (small_model(num_layers=1)(ids)[:, -1] - small_model(num_layers=1)(shuffled)[:, -1]).abs().max() > 1e-3
 
 
@@ -615,17 +647,24 @@ def test_the_cache_gives_the_logits_of_the_whole_context():
 
 
 def test_wrong_shapes_are_refused_by_name():
-    for changes, words in [(dict(num_heads=5), "d_model 32 cannot be split into 5 heads"), (dict(num_heads=32), "must be even"), (dict(d_model=30), "d_model 30 cannot be split into 4"),
-                           (dict(vocab_size=0), "vocab_size is 0"), (dict(num_layers=-1), "num_layers is -1"), (dict(num_heads=0), "num_heads is 0")]:
+    for changes, words in [(dict(num_heads=5), "d_model 32 cannot be split into 5 heads"),
+                           (dict(num_heads=32), "must be even"),
+                           (dict(d_model=30), "d_model 30 cannot be split into 4"),
+                           (dict(vocab_size=0), "vocab_size is 0"),
+                           (dict(num_layers=-1), "num_layers is -1"),
+                           (dict(num_heads=0), "num_heads is 0")]:
         with pytest.raises(ValueError, match=words):
             small_model(**changes)
-    assert small_model(num_heads=32, rope=False)(random_ids(1, 4)).shape == (1, 4, 50)   # without RoPE an odd d_k is fine
+    # without RoPE an odd d_k is fine
+    assert small_model(num_heads=32, rope=False)(random_ids(1, 4)).shape == (1, 4, 50)
     with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
         small_model()(random_ids(1, 17))
 
 
 def test_compiled_gradients_are_the_eager_ones_at_a_real_shape():
-    """torch 2.13 compiled the gradient of the maximum in a masked softmax into NaN on the CPU, at shapes of this size only, with a good loss."""
+    """torch 2.13 compiled the gradient of the maximum in a masked softmax into NaN on the CPU,
+    at shapes of this size only, with a good loss.
+    """
     model, ids = TransformerLM(2000, 256, 2, 256, 8), torch.randint(0, 2000, (4, 257))
     gradients = []
     for prepare in (lambda: None, model.compile_parts):
@@ -635,17 +674,19 @@ def test_compiled_gradients_are_the_eager_ones_at_a_real_shape():
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for (name, _), eager, compiled in zip(model.named_parameters(), *gradients):
         assert (compiled - eager).norm() < 0.02 * eager.norm(), name
-    assert any(not torch.equal(*pair) for pair in zip(*gradients))   # equal to the last bit would mean that nothing was compiled
+    # equal to the last bit would mean that nothing was compiled
+    assert any(not torch.equal(*pair) for pair in zip(*gradients))
 
 
-# ---------------------------------------------------------------------------------------------- model.py: the accounting
+# --------------------------------------------------------------------------------------------- model.py: the accounting
 
 @pytest.mark.parametrize("size, shares", [("small", (11.1, 16.6, 49.8, 22.6)), ("medium", (10.0, 20.0, 59.9, 10.2)),
                                           ("large", (8.6, 21.4, 64.2, 5.8)), ("XL", (7.1, 22.3, 66.9, 3.6))])
 def test_flops_shares_of_gated_gpt2(size, shares):
     flops = forward_flops(gpt2(size))
     total = sum(flops.values())
-    assert tuple(round(100 * flops[part] / total, 1) for part in ("attention core", "projections", "FFN", "LM head")) == shares
+    assert tuple(round(100 * flops[part] / total, 1)
+                 for part in ("attention core", "projections", "FFN", "LM head")) == shares
 
 
 def test_gpt2_xl_has_the_handouts_parameters_and_flops():
@@ -654,27 +695,36 @@ def test_gpt2_xl_has_the_handouts_parameters_and_flops():
     assert sum(parameters(gated).values()) == 2_127_057_600 and f"{total / 1e12:.3f}" == "4.513"
     assert f"{long_total / 1e12:.1f}" == "149.5" and f"{long_total / total:.1f}" == "33.1"
     assert [f"{forward_flops(long)[part] / long_total:.1%}" for part in ("attention core", "FFN")] == ["55.2%", "32.3%"]
-    ungated, long, tied = gpt2("XL", swiglu=False), gpt2("XL", 16384, swiglu=False), gpt2("XL", swiglu=False, tie_embeddings=True)
-    assert f"{sum(forward_flops(ungated).values()) / 1e12:.3f}" == "3.507" and f"{sum(forward_flops(long).values()) / 1e12:.1f}" == "133.4"
+    ungated, long, tied = (gpt2("XL", swiglu=False), gpt2("XL", 16384, swiglu=False),
+                           gpt2("XL", swiglu=False, tie_embeddings=True))
+    assert (f"{sum(forward_flops(ungated).values()) / 1e12:.3f}" == "3.507"
+            and f"{sum(forward_flops(long).values()) / 1e12:.1f}" == "133.4")
     assert sum(parameters(ungated).values()) == 1_635_537_600 and sum(parameters(tied).values()) == 1_555_126_400
 
 
 def test_adamw_memory_largest_batch_and_days_of_gpt2_xl():
     xl = gpt2("XL", swiglu=False)
     N, D, H, T, V = 48, 1600, 25, 1024, 50257
-    assert activations(xl) == T * ((16 * N + 1) * D + 2 * V) + 2 * N * H * T ** 2   # the handout's list, added up by hand
+    # the handout's list, added up by hand
+    assert activations(xl) == T * ((16 * N + 1) * D + 2 * V) + 2 * N * H * T ** 2
     memory = adamw_memory(xl, 1)
     assert f"{memory['activations'] / 1e9:.2f}" == "15.52"
-    assert f"{sum(adamw_memory(xl, 0).values()) / 1e9:.2f}" == "26.17" and memory["weights"] == memory["gradients"] == memory["moments"] // 2
-    assert largest_batch(xl, 80e9) == 3 and sum(adamw_memory(xl, 3).values()) <= 80e9 < sum(adamw_memory(xl, 4).values())
+    assert (f"{sum(adamw_memory(xl, 0).values()) / 1e9:.2f}" == "26.17"
+            and memory["weights"] == memory["gradients"] == memory["moments"] // 2)
+    assert (largest_batch(xl, 80e9) == 3
+            and sum(adamw_memory(xl, 3).values()) <= 80e9 < sum(adamw_memory(xl, 4).values()))
     assert round(training_days(xl, 400_000, 1024, 0.5 * 19.5e12)) == 5115
 
 
-@pytest.mark.parametrize("switches", [{}, dict(swiglu=False), dict(tie_embeddings=True), dict(rms_norm=False), dict(post_norm=True)])
+@pytest.mark.parametrize("switches", [{}, dict(swiglu=False), dict(tie_embeddings=True), dict(rms_norm=False),
+                                      dict(post_norm=True)])
 def test_the_accounting_counts_what_a_real_model_has_and_does(switches, monkeypatch):
-    # The handout counts attention over all T x T scores: the plain definition, not the form that leaves out most of those above the diagonal.
-    monkeypatch.setattr(m, "causal_attention", lambda q, k, v: m.scaled_dot_product_attention(q, k, v, torch.ones(32, 32).tril() > 0))
-    real = TransformerLM(61, 32, 3, 48, 4, 80, rope=False, **switches)   # RoPE turns pairs: no matrix product by its definition
+    # The handout counts attention over all T x T scores: the plain definition, not the form that leaves out most of
+    # those above the diagonal.
+    monkeypatch.setattr(m, "causal_attention",
+                        lambda q, k, v: m.scaled_dot_product_attention(q, k, v, torch.ones(32, 32).tril() > 0))
+    # RoPE turns pairs: no matrix product by its definition
+    real = TransformerLM(61, 32, 3, 48, 4, 80, rope=False, **switches)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         real(torch.randint(61, (1, 32)))
     assert sum(forward_flops(real).values()) == counter.get_total_flops()
@@ -691,22 +741,24 @@ def run_model(*flags):
 def test_model_py_prints_the_handouts_answers_on_100_columns():
     done = run_model()
     assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) < 100
-    for figure in ("2,127,057,600", "8.51 GB", "4.513", "149.5", "33.1 x", "3.507", "133.4", "1,635,537,600", "1,555,126,400", "26.17 GB", "15.52 GB",
-                   "80 GB: 3", "5,115 days", "11.1%", "16.6%", "49.8%", "22.6%", "55.2%", "32.3%"):
+    for figure in ("2,127,057,600", "8.51 GB", "4.513", "149.5", "33.1 x", "3.507", "133.4", "1,635,537,600",
+                   "1,555,126,400", "26.17 GB", "15.52 GB", "80 GB: 3", "5,115 days", "11.1%", "16.6%", "49.8%",
+                   "22.6%", "55.2%", "32.3%"):
         assert figure in done.stdout, figure
 
 
 def test_model_py_with_flags_accounts_for_that_model():
     done = run_model("--d_model=64", "--num_heads=4", "--num_layers=2", "--vocab_size=300", "--d_ff=128")
-    assert f"{sum(p.numel() for p in TransformerLM(300, 256, 2, 64, 4, 128).parameters()):,}" in done.stdout and "GPT-2" not in done.stdout
+    assert (f"{sum(p.numel() for p in TransformerLM(300, 256, 2, 64, 4, 128).parameters()):,}" in done.stdout
+            and "GPT-2" not in done.stdout)
     done = run_model("--d_model=64", "--num_heads=5")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "num_heads" in done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------- train.py
+# ------------------------------------------------------------------------------------------------------------- train.py
 
-TINY = dict(context_length=16, num_layers=1, d_model=16, num_heads=2, batch_size=4, steps=12, eval_interval=4, eval_batches=2, log_interval=2,
-            warmup_steps=2, device="cpu", dtype="float32", compile=False)
+TINY = dict(context_length=16, num_layers=1, d_model=16, num_heads=2, batch_size=4, steps=12, eval_interval=4,
+            eval_batches=2, log_interval=2, warmup_steps=2, device="cpu", dtype="float32", compile=False)
 
 
 @pytest.fixture(scope="module")
@@ -716,7 +768,8 @@ def data(tmp_path_factory):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     letters.update({byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in printable)})
-    (folder / "vocab.json").write_text(json.dumps({**{letters[byte]: byte for byte in range(256)}, "<|endoftext|>": 256}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({**{letters[byte]: byte for byte in range(256)}, "<|endoftext|>": 256}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n")
     text = b"".join(b"the %d of %d is %d. " % (i, i * i, i % 7) for i in range(600))
     for name, part in (("train.bin", text[:-2000]), ("val.bin", text[-2000:])):
@@ -725,13 +778,16 @@ def data(tmp_path_factory):
 
 
 def flags(data, out, *words, **changes):
-    return [f"--data_dir={data}", f"--out_dir={out}", *words, *(f"--{name}={value}" for name, value in {**TINY, **changes}.items())]
+    return [f"--data_dir={data}", f"--out_dir={out}", *words,
+            *(f"--{name}={value}" for name, value in {**TINY, **changes}.items())]
 
 
 def run_train(*words):
     """Run train.py with these flags, as its main program does, in this process; return the exit status."""
-    saved, handlers = {name: value for name, value in vars(train).items() if name.islower()}, [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    arguments, sys.argv, train.STARTED, train.__file__ = sys.argv, ["train.py", *words], time.perf_counter(), str(ROOT / "train.py")
+    saved, handlers = ({name: value for name, value in vars(train).items() if name.islower()},
+                       [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)])
+    arguments, sys.argv, train.STARTED, train.__file__ = (
+        sys.argv, ["train.py", *words], time.perf_counter(), str(ROOT / "train.py"))
     try:
         with train.one_line_errors():
             train.main()
@@ -766,9 +822,12 @@ def join(pid):
 
 
 def forking(code):
-    """Run Python code with `start` (train.py in a process of its own, without the seconds of importing torch) and `join`; return the finished process."""
+    """Run Python code with `start` (train.py in a process of its own, without the seconds of importing torch) and
+    `join`; return the finished process.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", FORKING + code], cwd=ROOT, text=True, capture_output=True, timeout=120, env=environment)
+    return subprocess.run([sys.executable, "-c", FORKING + code],
+                          cwd=ROOT, text=True, capture_output=True, timeout=120, env=environment)
 
 
 def rows(out):
@@ -777,7 +836,8 @@ def rows(out):
 
 
 def without_times(out):
-    return [{name: cell for name, cell in row.items() if name not in ("seconds", "tokens_per_second")} for row in rows(out)]
+    return [{name: cell for name, cell in row.items() if name not in ("seconds", "tokens_per_second")}
+            for row in rows(out)]
 
 
 def weights(out):
@@ -808,14 +868,16 @@ def test_every_place_that_fits_is_drawn_and_no_other():
 
 
 def test_processes_read_their_rows_of_one_global_batch():
-    tokens, draw = np.random.default_rng(0).integers(0, 100, 500), lambda part: get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 11), part)[0]
+    tokens, draw = (np.random.default_rng(0).integers(0, 100, 500),
+                    lambda part: get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 11), part)[0])
     assert torch.equal(torch.cat([draw(slice(0, 3)), draw(slice(3, 8))]), draw(slice(None)))
     assert not torch.equal(draw(slice(None)), get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 12))[0])
     assert not torch.equal(draw(slice(None)), get_batch(tokens, 8, 5, "cpu", train.generator_of_step(8, 11))[0])
 
 
 @pytest.mark.parametrize("content, vocab_size, complaint", [
-    (b"\0" * 41, 300, "41 bytes"), (np.full(50, 299, "<u2").tobytes(), 299, "token 299"), (b"\0" * 20, 300, "10 tokens"), (b"", 300, "0 tokens"),
+    (b"\0" * 41, 300, "41 bytes"), (np.full(50, 299, "<u2").tobytes(), 299, "token 299"),
+    (b"\0" * 20, 300, "10 tokens"), (b"", 300, "0 tokens"),
     (np.full(50, 70_000, "<u4").tobytes(), 70_000, "token 70000"), (b"\0" * 42, 70_000, "42 bytes")])
 def test_token_files_that_cannot_be_right_are_refused_by_name(tmp_path, content, vocab_size, complaint):
     (tmp_path / "t.bin").write_bytes(content)
@@ -827,20 +889,23 @@ def test_token_files_that_cannot_be_right_are_refused_by_name(tmp_path, content,
 def test_token_files_are_uint16_up_to_65536_entries_and_uint32_beyond(tmp_path):
     np.array([1, 65535] * 10, "<u2").tofile(tmp_path / "a.bin")
     np.array([1, 65536] * 10, "<u4").tofile(tmp_path / "b.bin")
-    assert load_tokens(tmp_path / "a.bin", 65536, 10)[1] == 65535 and load_tokens(tmp_path / "b.bin", 65537, 10)[1] == 65536
+    assert (load_tokens(tmp_path / "a.bin", 65536, 10)[1] == 65535
+            and load_tokens(tmp_path / "b.bin", 65537, 10)[1] == 65536)
 
 
 # ---- optimisation
 
 def test_the_schedule_warms_up_linearly_and_falls_along_a_cosine():
     rates = [get_lr_cosine_schedule(it, 1.0, 0.1, 7, 21) for it in range(25)]
-    assert rates[:8] == pytest.approx([i / 7 for i in range(8)]) and rates[14] == pytest.approx(0.55) and rates[21:] == [0.1] * 4
+    assert (rates[:8] == pytest.approx([i / 7 for i in range(8)]) and rates[14] == pytest.approx(0.55)
+            and rates[21:] == [0.1] * 4)
     assert rates[10] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 3 / 14)))
     assert get_lr_cosine_schedule(0, 1.0, 0.1, 0, 10) == 1.0 and get_lr_cosine_schedule(5, 1.0, 0.1, 5, 5) == 0.1
 
 
 def test_clipping_scales_all_gradients_by_one_factor_and_returns_the_norm_before():
-    parameters = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(2))]
+    parameters = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5)),
+                  torch.nn.Parameter(torch.zeros(2))]
     gradients = [torch.randn(3, 4), torch.randn(5), None]
     joint = torch.cat([g.flatten() for g in gradients[:2]]).norm()
     for limit, factor in ((0.1, 0.1 / (joint + 1e-6)), (100.0, 1.0)):
@@ -898,7 +963,8 @@ def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_direct
         for dtype, most in (torch.float64, 0.22), (torch.bfloat16, 0.25):
             along = u.mT @ orthogonalise(matrices, dtype).double() @ v.mT
             assert (along.diagonal(dim1=-2, dim2=-1) - 1).abs().max() < most
-            assert (along - torch.diag_embed(along.diagonal(dim1=-2, dim2=-1))).abs().max() < (1e-9 if dtype == torch.float64 else 0.1)
+            assert ((along - torch.diag_embed(along.diagonal(dim1=-2, dim2=-1))).abs().max()
+                    < (1e-9 if dtype == torch.float64 else 0.1))
     one = torch.outer(torch.randn(30), torch.randn(40)).bfloat16()   # its one singular value is the whole norm
     assert torch.linalg.matrix_norm(orthogonalise(one, torch.bfloat16).float()) < 1.3
 
@@ -920,7 +986,9 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         model = small_trainee()
         rule = SGD(model.parameters(), 0.1)
         batch = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(1))
-        results.append((train.optimise(model, rule, model.loss, [(part[:, :-1], part[:, 1:]) for part in batch.chunk(parts)]), *model.parameters()))
+        results.append((
+            train.optimise(model, rule, model.loss, [(part[:, :-1], part[:, 1:]) for part in batch.chunk(parts)]),
+            *model.parameters()))
     for one, four in zip(*results):
         torch.testing.assert_close(one, four)
 
@@ -1004,7 +1072,8 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(model, rule, 2, tmp_path / "c.pt")
-    assert read_checkpoint(tmp_path / "c.pt")["iteration"] == 1 and [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+    assert (read_checkpoint(tmp_path / "c.pt")["iteration"] == 1
+            and [path.name for path in tmp_path.iterdir()] == ["c.pt"])
 
 
 # ---- log and picture
@@ -1012,12 +1081,14 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path, monkeypatch):
 def test_curves_are_svg_with_both_axes_and_the_names_of_the_runs(tmp_path):
     import xml.etree.ElementTree as xml
     row = dict.fromkeys(train.COLUMNS, "1")
-    logs = {name: [{**row, "step": str(step), "seconds": str(step / 3), "train_loss": str(9 / step + worse), "val_loss": "" if step % 5 else str(9 / step)}
-                   for step in range(1, 50)] for name, worse in (("a & <b>", 0), ("c", 1e9))}
+    logs = {name: [{**row, "step": str(step), "seconds": str(step / 3), "train_loss": str(9 / step + worse),
+                    "val_loss": "" if step % 5 else str(9 / step)} for step in range(1, 50)]
+            for name, worse in (("a & <b>", 0), ("c", 1e9))}
     train.draw_curves(logs, tmp_path / "curves.svg")
     words = [node.text for node in xml.parse(tmp_path / "curves.svg").iter("{http://www.w3.org/2000/svg}text")]
     assert {"a & <b>", "c", "optimiser steps", "wall-clock seconds", "loss (nats a token)"} <= set(words)
-    train.draw_curves({"ever worse": [{**row, "step": str(step), "train_loss": str(step)} for step in range(1, 50)]}, tmp_path / "worse.svg")
+    train.draw_curves({"ever worse": [{**row, "step": str(step), "train_loss": str(step)} for step in range(1, 50)]},
+                      tmp_path / "worse.svg")
     assert "worse" in (tmp_path / "worse.svg").read_text()
 
 
@@ -1031,20 +1102,25 @@ def test_ticks_are_round_numbers_within_the_range():
 def test_a_run_leaves_a_folder_that_stands_alone_and_never_overwrites_one(data, tmp_path, capsys):
     out = tmp_path / "a run"
     assert run_train(*flags(data, out)) == 0
-    assert {path.name for path in out.iterdir()} == {".lock", "ckpt.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt"}
+    assert {path.name for path in out.iterdir()} == {".lock", "ckpt.pt", "log.csv", "config.json", "curves.svg",
+                                                     "vocab.json", "merges.txt"}
     assert [row["step"] for row in rows(out)] == ["1", "2", "4", "6", "8", "10", "12"]
     assert [bool(row["val_loss"]) for row in rows(out)] == [False, False, True, False, True, False, True]
     assert all(int(row["tokens"]) == int(row["step"]) * 4 * 16 for row in rows(out))
-    assert float(rows(out)[0]["train_loss"]) == pytest.approx(math.log(257), abs=0.3) and float(rows(out)[-1]["val_loss"]) < 5.4
+    assert (float(rows(out)[0]["train_loss"]) == pytest.approx(math.log(257), abs=0.3)
+            and float(rows(out)[-1]["val_loss"]) < 5.4)
     assert json.loads((out / "config.json").read_text())["warmup_steps"] == 2
     before = weights(out)
     assert run_train(*flags(data, out, seed=1)) == 0 and "a run.1" in capsys.readouterr().out
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(f"{out}.1").items())
-    assert run_train(f"--compare={out},{out}.1", f"--out_dir={tmp_path / 'both'}") == 0 and (tmp_path / "both" / "curves.svg").exists()
+    assert (run_train(f"--compare={out},{out}.1", f"--out_dir={tmp_path / 'both'}") == 0
+            and (tmp_path / "both" / "curves.svg").exists())
     table = capsys.readouterr().out
     assert "seed" in table and all(rows(folder)[-1]["val_loss"][:5] in table for folder in (out, f"{out}.1"))
-    assert run_train(*flags(data, out, "--resume=True", seed=1)) == 0 and "all of its 12 steps" in capsys.readouterr().out
-    (out / "ckpt.pt").unlink()   # as after a run that died before its first one: what is there is another run's, and not lost
+    assert (run_train(*flags(data, out, "--resume=True", seed=1)) == 0
+            and "all of its 12 steps" in capsys.readouterr().out)
+    # as after a run that died before its first one: what is there is another run's, and not lost
+    (out / "ckpt.pt").unlink()
     assert run_train(*flags(data, out, "--resume=True", seed=2)) == 0 and "a run.2" in capsys.readouterr().out
 
 
@@ -1066,11 +1142,14 @@ while kills < 10:
 assert join(start(*{flags(data, broken, "--resume=True", **settings)})) == 0
 """)
     assert done.returncode == 0, done.stderr
-    assert without_times(broken) == without_times(straight) and len(rows(straight)) == 41 and not (tmp_path / "broken.1").exists()
+    assert (without_times(broken) == without_times(straight) and len(rows(straight)) == 41
+            and not (tmp_path / "broken.1").exists())
     assert all(torch.equal(tensor, weights(broken)[name]) for name, tensor in weights(straight).items())
-    assert run_train(*flags(data, broken, "--resume=True", **{**settings, "lr": 0.5, "num_layers": 2, "log_interval": 5})) == 2
+    assert run_train(*flags(data, broken, "--resume=True",
+                            **{**settings, "lr": 0.5, "num_layers": 2, "log_interval": 5})) == 2
     refusal = capsys.readouterr().err
-    assert "lr is 0.003 there and 0.5 here" in refusal and "num_layers is 1 there and 2 here" in refusal and "log_interval" not in refusal
+    assert ("lr is 0.003 there and 0.5 here" in refusal and "num_layers is 1 there and 2 here" in refusal
+            and "log_interval" not in refusal)
 
 
 def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on_exactly(data, tmp_path, capsys, monkeypatch):
@@ -1078,8 +1157,10 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on_exactly(data, tmp
     settings = dict(steps=40, eval_interval=100, log_interval=7)
     assert run_train(*flags(data, straight, **settings)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "generator_of_step", lambda seed, step, plain=train.generator_of_step: (step == 17 and os.kill(os.getpid(), signal.SIGTERM), plain(seed, step))[1])
-        assert run_train(*flags(data, broken, **settings)) == 128 + signal.SIGTERM and "--resume=True" in capsys.readouterr().out
+        patch.setattr(train, "generator_of_step", lambda seed, step, plain=train.generator_of_step: (
+            step == 17 and os.kill(os.getpid(), signal.SIGTERM), plain(seed, step))[1])
+        assert (run_train(*flags(data, broken, **settings)) == 128 + signal.SIGTERM
+                and "--resume=True" in capsys.readouterr().out)
     assert read_checkpoint(broken / "ckpt.pt")["iteration"] == 17
     assert run_train(*flags(data, broken, "--resume=True", **settings)) == 0
     assert without_times(broken) == without_times(straight)
@@ -1089,11 +1170,14 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on_exactly(data, tmp
 def test_two_processes_do_what_one_does_and_so_do_two_that_share_the_model(data, tmp_path):
     settings = dict(optimizer="muon", grad_accum=2, steps=6)
     assert run_train(*flags(data, tmp_path / "one", **settings)) == 0
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={29600 + os.getpid() % 300}", "train.py",
-                           *flags(data, tmp_path / "two", **settings)], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           f"--master_port={29600 + os.getpid() % 300}", "train.py",
+                           *flags(data, tmp_path / "two", **settings)],
+                          cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("validation loss") == 1, done.stderr
     done = forking(f"""
-runs = [start(*{flags(data, tmp_path / "shared", "--shard=True", **settings)}, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+runs = [start(*{flags(data, tmp_path / "shared", "--shard=True",
+                      **settings)}, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
               MASTER_ADDR="localhost", MASTER_PORT="{29950 + os.getpid() % 30}") for rank in range(2)]
 assert list(map(join, runs)) == [0, 0]
 """)
@@ -1124,15 +1208,18 @@ def test_a_timed_run_ends_within_its_time_and_at_the_smallest_rate(data, tmp_pat
     assert float(rows(tmp_path / "out")[-1]["lr"]) < 1e-4 and rows(tmp_path / "out")[-1]["val_loss"]
 
 
-def test_what_is_left_of_a_timed_run_is_told_by_the_pace_of_its_steps_not_by_the_time_it_took_to_start(data, tmp_path, capsys, monkeypatch):
+def test_what_is_left_of_a_timed_run_is_told_by_the_pace_of_its_steps_not_by_the_time_it_took_to_start(
+        data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "keep_freed_memory", lambda: time.sleep(2))
     assert run_train(*flags(data, tmp_path / "out", max_minutes=0.1, eval_interval=1000, log_interval=50)) == 0
-    shown = [int(total.replace(",", "")) for total in regex.findall(r"step [\d,]+ of about ([\d,]+):", capsys.readouterr().out)]
+    shown = [int(total.replace(",", ""))
+             for total in regex.findall(r"step [\d,]+ of about ([\d,]+):", capsys.readouterr().out)]
     assert len(shown) > 2 and shown[-1] / 3 < shown[1] < shown[-1] * 3
 
 
-@pytest.mark.parametrize("words", ["--d_model=0", "--num_heads=3", "--lr=-1", "--lr=nan", "--min_lr=1", "--beta2=1.0", "--optimizer=sgd", "--device=tpu",
-                                   "--dtype=int8", "--batch_size=3 --grad_accum=2", "--shard=True", "--rope_theta=0", "--steps=1e3", "--post_norm=yes"])
+@pytest.mark.parametrize("words", ["--d_model=0", "--num_heads=3", "--lr=-1", "--lr=nan", "--min_lr=1", "--beta2=1.0",
+                                   "--optimizer=sgd", "--device=tpu", "--dtype=int8", "--batch_size=3 --grad_accum=2",
+                                   "--shard=True", "--rope_theta=0", "--steps=1e3", "--post_norm=yes"])
 def test_flags_that_make_no_sense_are_refused_by_name(capsys, words):
     assert run_train(*words.split()) == 2 and words.split("=")[0] in capsys.readouterr().err
 
@@ -1141,12 +1228,14 @@ def test_broken_data_is_refused_before_anything_is_written(data, tmp_path, capsy
     broken = tmp_path / "data"
     shutil.copytree(data, broken)
     (broken / "val.bin").write_bytes((data / "val.bin").read_bytes()[:-1])
-    assert run_train(*flags(broken, tmp_path / "out")) == 1 and "val.bin" in capsys.readouterr().err and not (tmp_path / "out" / "log.csv").exists()
+    assert (run_train(*flags(broken, tmp_path / "out")) == 1 and "val.bin" in capsys.readouterr().err
+            and not (tmp_path / "out" / "log.csv").exists())
 
 
-# ------------------------------------------------------------------------------------------------------------- sample.py
+# ------------------------------------------------------------------------------------------------------------ sample.py
 
-SWITCHES = [{}, dict(post_norm=True), dict(rms_norm=False), dict(rope=False), dict(swiglu=False), dict(tie_embeddings=True)]
+SWITCHES = [{}, dict(post_norm=True), dict(rms_norm=False), dict(rope=False), dict(swiglu=False),
+            dict(tie_embeddings=True)]
 
 
 def tiny_model(context_length=8, vocab_size=61, **switches):
@@ -1250,13 +1339,15 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
 
 def test_an_empty_prompt_starts_from_the_end_token():
     model = tiny_model()
-    assert list(generate(model, [], 6, temperature=0, end_id=60)) == list(generate(model, [60], 6, temperature=0, end_id=60))
+    assert (list(generate(model, [], 6, temperature=0, end_id=60))
+            == list(generate(model, [60], 6, temperature=0, end_id=60)))
     with pytest.raises(ValueError, match="empty prompt"):
         next(generate(model, [], 6))
 
 
-@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0),
-                                         ("top_p", 1.1), ("top_p", math.nan), ("num_samples", 0)])
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan),
+                                         ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
+                                         ("num_samples", 0)])
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         next(generate(tiny_model(), [1], **{"max_new_tokens": 4, name: value}))
@@ -1309,7 +1400,7 @@ def test_streaming_replaces_malformed_bytes_as_decode_does(capsys):
     assert capsys.readouterr().out == b"".join(pieces).decode(errors="replace") + "\n"
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
@@ -1317,17 +1408,19 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sampling") / "a run"
     vocab = {i: bytes([i]) for i in range(256)} | {256: b"th", 257: b"the", 258: END.encode()}
     Tokenizer(vocab, [(b"t", b"h"), (b"th", b"e")], [END]).save(folder)
-    config = dict(context_length=16, num_layers=1, d_model=16, num_heads=2, d_ff=0, rope_theta=1e4, post_norm=False, rms_norm=True, rope=True,
-                  swiglu=True, tie_embeddings=False)
+    config = dict(context_length=16, num_layers=1, d_model=16, num_heads=2, d_ff=0, rope_theta=1e4, post_norm=False,
+                  rms_norm=True, rope=True, swiglu=True, tie_embeddings=False)
     torch.manual_seed(0)
     model = TransformerLM(259, **config)
     (folder / "config.json").write_text(json.dumps(config))
-    save_checkpoint(model, AdamW(model.parameters(), 1e-3, (0.9, 0.99), 1e-8, 0.1), 1, folder / "ckpt.pt", config=config)
+    save_checkpoint(model, AdamW(model.parameters(), 1e-3, (0.9, 0.99), 1e-8, 0.1), 1, folder / "ckpt.pt",
+                    config=config)
     return folder
 
 
 def run_sample(folder, *flags, **options):
-    return subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={folder}", "--device=cpu", *flags], capture_output=True,
+    return subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={folder}", "--device=cpu", *flags],
+                          capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}, **options)
 
 
@@ -1344,7 +1437,8 @@ def test_sample_py_continues_a_prompt_from_the_command_line_a_file_and_standard_
 def test_sample_py_cuts_a_long_prompt_and_labels_several_samples(run_folder):
     done = run_sample(run_folder, "--prompt", "the" * 17, "--num_samples=3", "--max_new_tokens=4")
     assert done.returncode == 0 and b"the prompt has 17 tokens; the model sees the last 16" in done.stderr
-    assert [line for line in done.stdout.split(b"\n") if line.startswith(b"---")] == [b"--- sample %d of 3" % i for i in (1, 2, 3)]
+    assert ([line for line in done.stdout.split(b"\n") if line.startswith(b"---")]
+            == [b"--- sample %d of 3" % i for i in (1, 2, 3)])
 
 
 def test_sample_py_scores_a_text(run_folder, tmp_path):
@@ -1356,9 +1450,10 @@ def test_sample_py_scores_a_text(run_folder, tmp_path):
     assert 258 in ids[1:]   # special tokens in the text count as such
     nats = sum(surprise(model, ids))
     tokens, size = len(ids) - 1, len(text.encode())
-    assert done.stdout.decode() == (f"{nats / tokens:.4f} nats per token, {nats / tokens / math.log(2):.4f} bits per token, "
-                                    f"{nats / math.log(2) / size:.4f} bits per byte, perplexity {math.exp(nats / tokens):.2f} "
-                                    f"({tokens} tokens, {size} bytes)\n")
+    assert done.stdout.decode() == (
+        f"{nats / tokens:.4f} nats per token, {nats / tokens / math.log(2):.4f} bits per token, "
+        f"{nats / math.log(2) / size:.4f} bits per byte, perplexity {math.exp(nats / tokens):.2f} "
+        f"({tokens} tokens, {size} bytes)\n")
 
 
 def test_a_run_folder_that_does_not_fit_together_is_refused(run_folder, tmp_path):
@@ -1384,12 +1479,13 @@ def test_a_run_folder_that_does_not_fit_together_is_refused(run_folder, tmp_path
 def test_what_is_wrong_is_said_in_one_line(run_folder, tmp_path):
     for flag, status, words in [("--top_p=0", 2, b"top_p"), ("--prompt=@none", 1, b"none")]:
         done = run_sample(run_folder, flag)
-        assert done.returncode == status and words in done.stderr and done.stderr.count(b"\n") == 1 and not done.stdout, done.stderr
+        assert (done.returncode == status and words in done.stderr and done.stderr.count(b"\n") == 1
+                and not done.stdout), done.stderr
     with pytest.raises(OSError, match="vocab.json"):
         sample.load_run(tmp_path / "none", "cpu")
 
 
-# ------------------------------------------------------------------------------------------- the questions about Unicode
+# ------------------------------------------------------------------------------------------ the questions about Unicode
 
 def test_chr_0_is_seen_in_its_repr_and_printed_as_itself(capsys):
     assert repr(chr(0)) == r"'\x00'"
@@ -1448,19 +1544,21 @@ def test_every_token_is_at_least_one_byte_so_a_foreign_tokenizer_gives_at_least_
     tokenizer = Tokenizer(vocab, merges)
     assert min(map(len, tokenizer.vocab.values())) == 1
     strange = "日本語のテキスト"  # nothing that it was trained on
-    assert len(tokenizer.encode(strange)) == len(strange.encode())  # exactly one byte a token: the worst that can happen
+    # exactly one byte a token: the worst that can happen
+    assert len(tokenizer.encode(strange)) == len(strange.encode())
     english = "the cat sat on the mat"
     assert len(english) > 2 * len(tokenizer.encode(english))
 
 
-# ----------------------------------------------------------------------------------------------------- the hostile world
+# ---------------------------------------------------------------------------------------------------- the hostile world
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 FILES = ("vocab.json", "merges.txt", "train.bin", "val.bin")
 
 
 def start(*words, script="bpe.py", **how):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, words)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
 def finish(*words, **how):
@@ -1471,7 +1569,9 @@ def finish(*words, **how):
 
 
 def members(session):
-    """The living processes of a session (a process started with start_new_session, and all that came from it), by /proc."""
+    """The living processes of a session (a process started with start_new_session, and all that came from it),
+    by /proc.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -1503,7 +1603,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
-    """The files that bpe.py makes of the text with two vocabularies: {vocab_size: {name: content}}, and the seconds that takes."""
+    """The files that bpe.py makes of the text with two vocabularies: {vocab_size: {name: content}},
+    and the seconds that takes.
+    """
     made, begin = {}, time.monotonic()
     for size in (300, 900):
         folder = tmp_path_factory.mktemp("finished")
@@ -1514,17 +1616,20 @@ def finished(text, tmp_path_factory):
 
 
 @linux
-def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next_run_clears_up(text, finished, tmp_path):
+def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next_run_clears_up(
+        text, finished, tmp_path):
     (made, seconds), rng = finished, random.Random(1)
     for i in range(5):
-        process = start(f"--data={text}", f"--data_dir={tmp_path}", f"--vocab_size={(300, 900)[i % 2]}", "--num_processes=2", start_new_session=True)
+        process = start(f"--data={text}", f"--data_dir={tmp_path}", f"--vocab_size={(300, 900)[i % 2]}",
+                        "--num_processes=2", start_new_session=True)
         time.sleep(rng.uniform(0.2, 1) * seconds)
         process.kill()
         process.wait()
         assert all_gone(process.pid)
         process.communicate()
         for name in FILES:
-            assert not (tmp_path / name).exists() or (tmp_path / name).read_bytes() in [made[size][name] for size in made]
+            assert (not (tmp_path / name).exists()
+                    or (tmp_path / name).read_bytes() in [made[size][name] for size in made])
     assert finish(f"--data={text}", f"--data_dir={tmp_path}", "--vocab_size=300", "--num_processes=2")[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {*FILES, ".lock"}
     assert all((tmp_path / name).read_bytes() == made[300][name] for name in FILES)
@@ -1581,7 +1686,8 @@ def test_a_full_disk_is_said_by_file_and_leaves_the_old_files(tmp_path):
     before = {name: (folder / name).read_bytes() for name in FILES}
 
     def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)   # so that the write fails, as on a full disk, instead of ending the process
+        # so that the write fails, as on a full disk, instead of ending the process
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     status, _, err = finish(*words[:2], "--vocab_size=258", preexec_fn=limit)
     assert status == 1 and err.count("\n") == 1 and "train.bin" in err and "too large" in err
@@ -1601,11 +1707,13 @@ def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path):
 
 
 @pytest.mark.parametrize("words, status, complaint", [
-    ("--vocab_size=256", 2, "--vocab_size=256: wants 257"), ("--vocab_size=1e3", 2, "a whole number"), ("--vocab_size=", 2, "a whole number"),
-    ("--vocab_size=300 --vocab_size=300", 2, "twice"), ("--num_processes=-1", 2, "--num_processes=-1"), ("--data_dir=", 2, "--data_dir"),
-    ("--vocabsize=300", 2, "nearest is --vocab_size"), ("--data", 2, "wants a value"), ("stray", 2, "'stray' is no flag"),
-    ("--data=nowhere.txt", 1, "is not there"), ("--data=.", 1, "is a folder"), ("--val_data=nowhere.txt", 1, "--val_data"),
-    ("--tokenizer_dir=nowhere", 1, "nowhere"), ("--special_tokens=|", 2, "reads like"), ("--special_tokens=\u0120the", 2, "reads like")])
+    ("--vocab_size=256", 2, "--vocab_size=256: wants 257"), ("--vocab_size=1e3", 2, "a whole number"),
+    ("--vocab_size=", 2, "a whole number"), ("--vocab_size=300 --vocab_size=300", 2, "twice"),
+    ("--num_processes=-1", 2, "--num_processes=-1"), ("--data_dir=", 2, "--data_dir"),
+    ("--vocabsize=300", 2, "nearest is --vocab_size"), ("--data", 2, "wants a value"),
+    ("stray", 2, "'stray' is no flag"), ("--data=nowhere.txt", 1, "is not there"), ("--data=.", 1, "is a folder"),
+    ("--val_data=nowhere.txt", 1, "--val_data"), ("--tokenizer_dir=nowhere", 1, "nowhere"),
+    ("--special_tokens=|", 2, "reads like"), ("--special_tokens=\u0120the", 2, "reads like")])
 def test_bad_flags_of_bpe_py_are_refused_by_name_in_one_line(tmp_path, monkeypatch, capsys, words, status, complaint):
     (tmp_path / "text.txt").write_text("some words to learn " * 50)
     monkeypatch.chdir(tmp_path)
@@ -1625,23 +1733,27 @@ def test_odd_names_a_c_locale_and_no_home_cost_nothing(tmp_path):
     folder = tmp_path / "a 'b\"\n\u00e9 %d{x}"
     folder.mkdir()
     (folder / "t \\n.txt").write_text("one two three \u4e2d\u56fd " * 500, encoding="utf-8")
-    bare = {"LC_ALL": "C", "HOME": "/nonexistent", "PYTHONIOENCODING": "ascii", "COLUMNS": "40", "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
-    status, out, err = finish(f"--data={folder / 't '}\\n.txt", f"--data_dir={folder}", "--vocab_size=270", "--special_tokens=\u4e2d\u56fd", env=bare)
+    bare = {"LC_ALL": "C", "HOME": "/nonexistent", "PYTHONIOENCODING": "ascii", "COLUMNS": "40",
+            "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
+    status, out, err = finish(f"--data={folder / 't '}\\n.txt", f"--data_dir={folder}", "--vocab_size=270",
+                              "--special_tokens=\u4e2d\u56fd", env=bare)
     assert status == 0 and not err and "??" in out   # the terminal lacks the characters, the files have them
     assert "\u4e2d\u56fd" in (folder / "vocab.json").read_text(encoding="utf-8")
 
 
 def test_processes_may_be_spawned_instead_of_forked(tmp_path):
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 1500)
-    (tmp_path / "driver.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-                                        "import multiprocessing\nimport bpe\n\n"
-                                        "if __name__ == '__main__':\n"
-                                        "    multiprocessing.set_start_method('spawn')\n    bpe.BLOCK = 1 << 14\n"
-                                        "    tokenizer = bpe.Tokenizer(*bpe.train_bpe('text.txt', 280, ['<|endoftext|>'], 2), ['<|endoftext|>'])\n"
-                                        "    print(tokenizer.merges, tokenizer.encode_file('text.txt', 'ids.bin', 2))\n")
+    (tmp_path / "driver.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import multiprocessing\nimport bpe\n\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n    bpe.BLOCK = 1 << 14\n"
+        "    tokenizer = bpe.Tokenizer(*bpe.train_bpe('text.txt', 280, ['<|endoftext|>'], 2), ['<|endoftext|>'])\n"
+        "    print(tokenizer.merges, tokenizer.encode_file('text.txt', 'ids.bin', 2))\n")
     done = subprocess.run([sys.executable, "driver.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     tokenizer = Tokenizer(*train_bpe(tmp_path / "text.txt", 280, ["<|endoftext|>"], 1), ["<|endoftext|>"])
-    assert done.stdout == f"{tokenizer.merges} {len(tokenizer.encode((tmp_path / 'text.txt').read_text()))}\n", done.stderr
+    assert done.stdout == (f"{tokenizer.merges} "
+                           f"{len(tokenizer.encode((tmp_path / 'text.txt').read_text()))}\n"), done.stderr
 
 
 def test_a_megabyte_without_white_space_trains_and_encodes(tmp_path):
@@ -1670,7 +1782,8 @@ def test_a_vocabulary_far_larger_than_the_text_ends_where_pairs_do(tmp_path):
 
 def test_a_full_cache_of_words_changes_no_id(monkeypatch, tmp_path):
     (tmp_path / "text.txt").write_text("the cat in the hat that sat")
-    learnt, pieces = train_bpe(tmp_path / "text.txt", 270, [], 1), [f"the cat {i} sat in the {i * 7}hat" for i in range(200)]
+    learnt, pieces = (train_bpe(tmp_path / "text.txt", 270, [], 1),
+                      [f"the cat {i} sat in the {i * 7}hat" for i in range(200)])
     roomy = Tokenizer(*learnt)
     expected = [roomy.encode(piece) for piece in pieces]
     monkeypatch.setattr(bpe, "CACHE", 20)

@@ -1,16 +1,18 @@
 """
-Train a Transformer language model on the tokens that bpe.py wrote, on CPU, CUDA or Apple's MPS, alone or in many processes.
+Train a Transformer language model on the tokens that bpe.py wrote, on CPU, CUDA or Apple's MPS, alone or in many
+processes.
 
-    $ python train.py --lr=3e-4 --post_norm=True                       # every constant below is a flag
-    $ python train.py --lr=3e-4 --post_norm=True --resume=True         # the same flags again: go on exactly where out_dir's checkpoint stands
-    $ python train.py --compare=out/a,out/b                            # draw the losses of several runs into one picture, train nothing
-    $ torchrun --nproc_per_node=8 train.py --max_minutes=90            # on eight GPUs, for 90 minutes
+    $ python train.py --lr=3e-4 --post_norm=True                  # every constant below is a flag
+    $ python train.py --lr=3e-4 --post_norm=True --resume=True    # the same again: go on from out_dir's checkpoint
+    $ python train.py --compare=out/a,out/b                       # draw the losses of several runs, train nothing
+    $ torchrun --nproc_per_node=8 train.py --max_minutes=90       # on eight GPUs, for 90 minutes
 
     step 1,000 of 1,000: loss 3.049, validation 3.976, lr 3.0e-05, norm 0.67, 14,500 tokens/s, 0:00 left
 
-Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (weights and optimiser state), log.csv (one row
-per logged step), curves.svg (the losses over steps and over seconds), config.json (the constants), and the tokenizer, so that sample.py needs
-that folder only. Checkpoints are made at every evaluation, at the end, and on Ctrl-C or SIGTERM.
+Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (weights and optimiser
+state), log.csv (one row per logged step), curves.svg (the losses over steps and over seconds), config.json (the
+constants), and the tokenizer, so that sample.py needs that folder only. Checkpoints are made at every evaluation, at
+the end, and on Ctrl-C or SIGTERM.
 """
 import os
 import time
@@ -88,47 +90,59 @@ shard = False           # with torchrun: spread weights and optimiser state over
 RESULTS = ("ckpt.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
 COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
 # What a resumed run may change, because the run stays the same but for rounding, its place, or what it reports.
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "compare", "grad_accum", "eval_interval", "log_interval", "device", "dtype", "fused", "compile", "shard"}
+MAY_CHANGE = {"data_dir", "out_dir", "resume", "compare", "grad_accum", "eval_interval", "log_interval",
+              "device", "dtype", "fused", "compile", "shard"}
 # Dense bfloat16 FLOP/s. The first name found in the card's counts, so a variant stands before its family.
-PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 def load_tokens(path, vocab_size, context_length):
-    """The token ids of a .bin file as a read-only array on disk (numpy memmap), uint16, or uint32 for more than 65,536 entries.
+    """The token ids of a .bin file as a read-only array on disk (numpy memmap),
+    uint16, or uint32 for more than 65,536 entries.
 
-    Raises ValueError if the file is cut, holds an id beyond the vocabulary, or is too short for one context and the token after it.
+    Raises ValueError if the file is cut, holds an id beyond the vocabulary, or is too short for one context and the
+    token after it.
     """
     kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
     size = os.path.getsize(path)
     if size % kind.itemsize:
-        raise ValueError(f"{path} is cut or of another kind: {size} bytes are no whole number of {kind.itemsize}-byte tokens")
+        raise ValueError(f"{path} is cut or of another kind: "
+                         f"{size} bytes are no whole number of {kind.itemsize}-byte tokens")
     if size // kind.itemsize <= context_length:
-        raise ValueError(f"{path} holds {size // kind.itemsize} tokens, fewer than one context and the next token ({context_length + 1})")
+        raise ValueError(f"{path} holds {size // kind.itemsize} tokens, "
+                         f"fewer than one context and the next token ({context_length + 1})")
     tokens = np.memmap(path, kind, "r")
-    top = max(int(tokens[i:i + 2 ** 22].max()) for i in range(0, len(tokens), 2 ** 22))  # in parts: the file may exceed the memory
+    # in parts: the file may exceed the memory
+    top = max(int(tokens[i:i + 2 ** 22].max()) for i in range(0, len(tokens), 2 ** 22))
     if top >= vocab_size:
-        raise ValueError(f"{path} holds the token {top}, but the vocabulary ends at {vocab_size - 1}: encode it with this vocabulary")
+        raise ValueError(f"{path} holds the token {top}, but the vocabulary ends at {vocab_size - 1}: "
+                         f"encode it with this vocabulary")
     return tokens
 
 
 def windows(dataset, starts, context_length, device):
-    """The contexts that begin at `starts` (B) and, as targets, the same shifted by one: two tensors (B, T) of int64 on `device`."""
+    """The contexts that begin at `starts` (B) and, as targets, the same shifted by one:
+    two tensors (B, T) of int64 on `device`.
+    """
     tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)].astype(np.int64)   # (B, T + 1)
     tokens = torch.from_numpy(tokens)
     if torch.device(device).type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)  # from pinned memory, the copy runs while the GPU computes
+        # from pinned memory, the copy runs while the GPU computes
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
     else:
         tokens = tokens.to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def get_batch(dataset, batch_size, context_length, device, generator=None, part=slice(None)):
-    """Draw batch_size contexts at random places of a 1-D array of token ids; return inputs and targets, each (B, T), int64, on `device`.
+    """Draw batch_size contexts at random places of a 1-D array of token ids;
+    return inputs and targets, each (B, T), int64, on `device`.
 
-    generator: a torch.Generator on the CPU, so that equal seeds give equal batches. part: the rows of the batch to read (all). Handout, section 5.1.
+    generator: a torch.Generator on the CPU, so that equal seeds give equal batches. part: the rows of the batch to
+    read (all). Handout, section 5.1.
     """
     if len(dataset) <= context_length:
         raise ValueError(f"{len(dataset)} tokens are too few for one context of {context_length} and the next token")
@@ -137,12 +151,15 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, part=
 
 
 def generator_of_step(seed, step):
-    """The random generator of one step's batch: what a step sees depends on (seed, step) alone, so resuming needs no random state."""
+    """The random generator of one step's batch: what a step sees depends on (seed, step) alone,
+    so resuming needs no random state.
+    """
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
-# -------------------------------------------------------------------------------------------------- many processes
-# With --shard=True parameters and gradients are torch's DTensors. They are told by their methods, so that other runs need not import them.
+# ------------------------------------------------------------------------------------------------------- many processes
+# With --shard=True parameters and gradients are torch's DTensors. They are told by their methods, so that other runs
+# need not import them.
 
 def local(tensor):
     """This process's part of a tensor that --shard=True spread over the processes; any other tensor as it is."""
@@ -159,7 +176,8 @@ def spread(tensor, like):
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # each cuts its part from its own copy
+    # each cuts its part from its own copy
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def average_gradients(parameters):
@@ -190,19 +208,24 @@ def mean_over_processes(tensor):
 
 
 def shard_model(model, place):
-    """Spread the parameters of each block over the processes: a block is whole only while it computes (Zhao et al. 2023, FSDP)."""
+    """Spread the parameters of each block over the processes:
+    a block is whole only while it computes (Zhao et al. 2023, FSDP).
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(place.type, (dist.get_world_size(),))  # left to itself, FSDP takes a GPU even under --device=cpu
+    # left to itself, FSDP takes a GPU even under --device=cpu
+    mesh = init_device_mesh(place.type, (dist.get_world_size(),))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
 
 
-# ------------------------------------------------------------------------------------------------------- optimisation
+# --------------------------------------------------------------------------------------------------------- optimisation
 
 def get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters):
-    """The learning rate of step `it`: linear from 0 to the maximum, then half a cosine to the minimum, then the minimum. Handout, section 4.4."""
+    """The learning rate of step `it`: linear from 0 to the maximum, then half a cosine to the minimum,
+    then the minimum. Handout, section 4.4.
+    """
     if it < warmup_iters:
         return max_learning_rate * it / warmup_iters
     if it >= cosine_cycle_iters:
@@ -213,7 +236,9 @@ def get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iter
 
 @torch.no_grad()
 def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
-    """Scale all gradients together, in place, so that their joint L2 norm is at most max_l2_norm; return the norm before (scalar tensor)."""
+    """Scale all gradients together, in place, so that their joint L2 norm is at most max_l2_norm;
+    return the norm before (scalar tensor).
+    """
     given = [p.grad for p in parameters if p.grad is not None]
     grads = [local(grad) for grad in given]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
@@ -221,12 +246,15 @@ def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
         norm = norm.square()
         dist.all_reduce(norm)
         norm = norm.sqrt()
-    torch._foreach_mul_(grads, (max_l2_norm / (norm + eps)).clamp(max=1))  # no `if`: a GPU would have to stop for the answer
+    # no `if`: a GPU would have to stop for the answer
+    torch._foreach_mul_(grads, (max_l2_norm / (norm + eps)).clamp(max=1))
     return norm
 
 
 class SGD(torch.optim.Optimizer):
-    """Stochastic gradient descent with the handout's decay: in step t (from 0), p <- p - lr / sqrt(t + 1) * gradient. Handout, section 4.2."""
+    """Stochastic gradient descent with the handout's decay: in step t (from 0), p <- p - lr / sqrt(t + 1) * gradient.
+    Handout, section 4.2.
+    """
 
     def __init__(self, params, lr):
         if lr < 0:
@@ -244,16 +272,19 @@ class SGD(torch.optim.Optimizer):
 
 
 class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay, as torch.optim.AdamW computes it (Loshchilov and Hutter 2019, algorithm 2; Kingma and Ba 2015).
+    """Adam with decoupled weight decay, as torch.optim.AdamW computes it
+    (Loshchilov and Hutter 2019, algorithm 2; Kingma and Ba 2015).
 
-    p <- (1 - lr * weight_decay) p - lr * m' / (sqrt(v') + eps), where m and v are running means of g and g^2 with the memories `betas`,
-    and m' = m / (1 - beta1^t), v' = v / (1 - beta2^t) undo their start at zero. Raises ValueError for values out of range.
+    p <- (1 - lr * weight_decay) p - lr * m' / (sqrt(v') + eps), where m and v are running means of g and g^2 with the
+    memories `betas`, and m' = m / (1 - beta1^t), v' = v / (1 - beta2^t) undo their start at zero. Raises ValueError
+    for values out of range.
     fused: all of it in torch's one kernel, which reads and writes every number once instead of seven times.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=False):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, the betas {betas} in [0, 1)")
+            raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, "
+                             f"the betas {betas} in [0, 1)")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, t=0))
         self.fused = fused
 
@@ -271,29 +302,35 @@ class AdamW(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-        p, g, m, v = zip(*[[local(tensor) for tensor in (p, p.grad, self.state[p]["m"], self.state[p]["v"])] for p in params])
+        p, g, m, v = zip(*[[local(tensor) for tensor in (p, p.grad, self.state[p]["m"], self.state[p]["v"])]
+                           for p in params])
         lr, (beta1, beta2), eps, weight_decay, t = (group[name] for name in ("lr", "betas", "eps", "weight_decay", "t"))
         if self.fused:
             t = [torch.full((), float(t), device=p[0].device)] * len(p)
-            return torch._fused_adamw_(p, g, m, v, [], t, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, amsgrad=False, maximize=False)
+            return torch._fused_adamw_(p, g, m, v, [], t, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                                       weight_decay=weight_decay, amsgrad=False, maximize=False)
         unbias1, unbias2 = 1 - beta1 ** t, math.sqrt(1 - beta2 ** t)
         torch._foreach_mul_(p, 1 - lr * weight_decay)
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, 1 - beta2)
         denominator = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominator, eps * unbias2)  # both sides of the fraction times unbias2: v' needs no pass of its own
+        # both sides of the fraction times unbias2: v' needs no pass of its own
+        torch._foreach_add_(denominator, eps * unbias2)
         torch._foreach_addcdiv_(p, m, denominator, -lr * unbias2 / unbias1)
 
 
-# orthogonalise, next, drives the singular values s of a matrix towards 1 by odd polynomials a s + b s^3 + c s^5; these are their (a, b, c). The
-# first is the nearest to 1 on [0.004, 1], and each next one on what the one before makes of that interval, widened by 5 % against rounding
-# (Amsel et al. 2025, "The Polar Express"). These four bring about what five equal ones did (Jordan et al. 2024), in four fifths of the time.
-NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476), (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
+# orthogonalise, next, drives the singular values s of a matrix towards 1 by odd polynomials a s + b s^3 + c s^5; these
+# are their (a, b, c). The first is the nearest to 1 on [0.004, 1], and each next one on what the one before makes of
+# that interval, widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four bring about what
+# five equal ones did (Jordan et al. 2024), in four fifths of the time.
+NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
+                 (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
 
 def orthogonalise(matrices, dtype=torch.float32):
-    """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T, with singular values above 0.004 |S| between 0.7 and 1.3.
+    """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T,
+    with singular values above 0.004 |S| between 0.7 and 1.3.
 
     Newton-Schulz steps: each turns every singular value s into a s + b s^3 + c s^5 by products (in `dtype`) alone.
     """
@@ -307,13 +344,16 @@ def orthogonalise(matrices, dtype=torch.float32):
 
 
 class Muon(AdamW):
-    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum (Jordan et al. 2024).
+    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum
+    (Jordan et al. 2024).
 
-    Every direction that the gradients agree on gets a step of the same length, where otherwise a few large ones drown the rest.
+    Every direction that the gradients agree on gets a step of the same length, where otherwise a few large ones drown
+    the rest.
     dtype: of the products in orthogonalise.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=False, dtype=torch.float32):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=False,
+                 dtype=torch.float32):
         super().__init__(params, lr, betas, eps, weight_decay, fused)
         self.dtype = dtype
 
@@ -325,7 +365,8 @@ class Muon(AdamW):
             if not self.state[p]:
                 self.state[p]["m"] = torch.zeros_like(p)
             momentum = self.state[p]["m"].lerp_(p.grad, 1 - group["momentum"])
-            alike.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))  # Nesterov: looks one step ahead
+            # Nesterov: looks one step ahead
+            alike.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))
         for (rows, columns), pairs in alike.items():  # matrices of one shape go through the products together
             moves = orthogonalise(torch.stack([whole(move) for _, move in pairs]), self.dtype)
             for (p, _), move in zip(pairs, moves):
@@ -334,19 +375,25 @@ class Muon(AdamW):
 
 
 def parameter_groups(model):
-    """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings. `scale` multiplies the schedule's lr."""
+    """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings.
+    `scale` multiplies the schedule's lr.
+    """
     inside = [p for p in model.layers.parameters() if p.dim() == 2]
     embeddings, head = model.token_embeddings.weight, model.lm_head.weight
     gains = [p for p in model.parameters() if p.dim() == 1]
     muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else dict(scale=1.0)
-    groups = [dict(params=inside, **muon), dict(params=[head], scale=1.0), dict(params=gains, scale=1.0, weight_decay=0.0)]
-    return groups if embeddings is head else [*groups, dict(params=[embeddings], scale=embedding_scale, weight_decay=0.0)]
+    groups = [dict(params=inside, **muon), dict(params=[head], scale=1.0),
+              dict(params=gains, scale=1.0, weight_decay=0.0)]
+    return groups if embeddings is head else [
+        *groups, dict(params=[embeddings], scale=embedding_scale, weight_decay=0.0)]
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def gathered(value):
-    """Nested dicts and lists with their sharded tensors made whole, in the main memory of rank 0 only; all processes must call this together."""
+    """Nested dicts and lists with their sharded tensors made whole, in the main memory of rank 0 only;
+    all processes must call this together.
+    """
     if isinstance(value, dict):
         return {key: gathered(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -369,16 +416,20 @@ class CheckSummed:
 
 
 def write_checkpoint(saved, file):
-    """torch.save into a binary file, and the CRC-32 of all its bytes behind it: torch's own reader does not look whether they are sound."""
+    """torch.save into a binary file, and the CRC-32 of all its bytes behind it:
+    torch's own reader does not look whether they are sound.
+    """
     summed = CheckSummed(file)
     torch.save(saved, summed)
     file.write(summed.crc.to_bytes(4, "little"))
 
 
 def save_checkpoint(model, optimizer, iteration, out, **more):
-    """Write the state of model and optimizer, the iteration, and whatever else is named, to `out`: a path or a binary file object.
+    """Write the state of model and optimizer, the iteration, and whatever else is named, to `out`:
+    a path or a binary file object.
 
-    A path gets its new content only when all of it is on the disk. With torchrun every process must call this; the first one writes.
+    A path gets its new content only when all of it is on the disk. With torchrun every process must call this;
+    the first one writes.
     """
     saved = gathered(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=iteration, **more))
     if dist.is_initialized() and dist.get_rank() > 0:
@@ -395,19 +446,21 @@ def save_checkpoint(model, optimizer, iteration, out, **more):
 
 
 def load_checkpoint(src, model, optimizer):
-    """Restore model and optimizer from a path, a binary file object, or read_checkpoint's dict, and return the iteration.
+    """Restore model and optimizer from a path, a binary file object, or read_checkpoint's dict,
+    and return the iteration.
 
     Raises ValueError for a damaged or foreign file and RuntimeError for a model of another shape.
     """
     saved = src if isinstance(src, dict) else read_checkpoint(src)
     parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
-    states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()} for i, state in saved["optimizer"]["state"].items()}
+    states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()}
+              for i, state in saved["optimizer"]["state"].items()}
     optimizer.load_state_dict({**saved["optimizer"], "state": states})
     return saved["iteration"]
 
 
-# ---------------------------------------------------------------------------------------------------- log and picture
+# ------------------------------------------------------------------------------------------------------ log and picture
 
 def write_log(path, rows):
     """Write a log.csv that holds these rows, each a dict of strings."""
@@ -428,7 +481,8 @@ def read_log(path):
         try:
             [float(row[name] or (name == "val_loss")) for name in COLUMNS]
         except (TypeError, ValueError):
-            raise ValueError(f"{path}, line {number}: {','.join(map(str, row.values()))!r} is no row of numbers") from None
+            raise ValueError(f"{path}, line {number}: "
+                             f"{','.join(map(str, row.values()))!r} is no row of numbers") from None
     return rows
 
 
@@ -449,10 +503,12 @@ def round_ticks(low, high, count=6):
 
 def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log.csv}."""
-    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
-    losses = [[float(row[kind]) for kind in ("val_loss", "train_loss") for row in rows[len(rows) // 10:] if row[kind]] for rows in logs.values()]
-    # From the best loss up to the worst after a tenth of the run: the plunge of the first steps would flatten the rest. And never beyond a
-    # blind guess, which is where a run begins: one that diverges leaves through the top.
+    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e",
+               "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
+    losses = [[float(row[kind]) for kind in ("val_loss", "train_loss") for row in rows[len(rows) // 10:] if row[kind]]
+              for rows in logs.values()]
+    # From the best loss up to the worst after a tenth of the run: the plunge of the first steps would flatten the rest.
+    # And never beyond a blind guess, which is where a run begins: one that diverges leaves through the top.
     low, high = min(map(min, losses)), max(map(max, losses))
     guess = max(float(rows[0]["train_loss"]) for rows in logs.values())
     high = min(high, guess) if guess > low else high   # unless no run ever came back below it
@@ -474,15 +530,20 @@ def draw_curves(logs, path):
             svg.append(f'<path d="M{left} {down(tick):.1f}h{width}" class="grid"/>')
             text(left - 8, down(tick) + 4, f"{tick:.10g}", "end")
         text(left + width / 2, top + height + 44, {"step": "optimiser steps", "seconds": "wall-clock seconds"}[axis])
-        text(left - 48, top + height / 2, "loss (nats a token)", more=f'transform="rotate(-90 {left - 48} {top + height / 2})"')
-        svg.append(f'<svg x="{left}" y="{top}" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">')  # cuts what lies outside
+        text(left - 48, top + height / 2, "loss (nats a token)",
+             more=f'transform="rotate(-90 {left - 48} {top + height / 2})"')
+        # cuts what lies outside
+        svg.append(f'<svg x="{left}" y="{top}" width="{width}" height="{height}" '
+                   f'viewBox="{left} {top} {width} {height}">')
         for rows, colour in zip(logs.values(), colours * len(logs)):
             thinned = rows[::math.ceil(len(rows) / 500)]  # a point every pixel: more would only make the file large
             validated = [row for row in rows if row["val_loss"]]
-            for some, kind, style in ((thinned, "train_loss", 'stroke-width="1" opacity="0.45"'), (validated, "val_loss", 'stroke-width="2"')):
+            for some, kind, style in ((thinned, "train_loss", 'stroke-width="1" opacity="0.45"'),
+                                      (validated, "val_loss", 'stroke-width="2"')):
                 points = " ".join(f"{across(row[axis]):.1f},{down(row[kind]):.1f}" for row in some)
                 svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
-            svg += [f'<circle cx="{across(row[axis]):.1f}" cy="{down(row["val_loss"]):.1f}" r="3" fill="{colour}"/>' for row in validated]
+            svg += [f'<circle cx="{across(row[axis]):.1f}" cy="{down(row["val_loss"]):.1f}" r="3" fill="{colour}"/>'
+                    for row in validated]
         svg.append(f'</svg><rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#888"/>')
     text(70, 30, "Loss in training (thin) and on validation text (thick, with dots)", "start", 'font-size="16"')
     for i, (name, colour) in enumerate(zip(logs, colours * len(logs))):
@@ -502,17 +563,22 @@ def perplexity(loss):
 
 
 def compare_runs(folders):
-    """Draw the runs in these folders into out_dir/curves.svg and print their last losses beside the constants in which they differ."""
+    """Draw the runs in these folders into out_dir/curves.svg
+    and print their last losses beside the constants in which they differ.
+    """
     require(folders, f"--compare={compare}: names no folder")
     logs = {str(folder): read_log(folder / "log.csv") for folder in folders}
     configs = [read_config(folder / "config.json") for folder in folders]
     for name, rows in logs.items():
         require(rows, f"--compare: {name}/log.csv has no rows yet")
-    names = [name for name in configs[0] if name not in MAY_CHANGE and len({str(config.get(name)) for config in configs}) > 1]
+    names = [name for name in configs[0]
+             if name not in MAY_CHANGE and len({str(config.get(name)) for config in configs}) > 1]
     table = [["run", *names, "step", "tokens", "seconds", "train loss", "val loss", "perplexity"]]
     for (run, rows), config in zip(logs.items(), configs):
-        last, validation = rows[-1], next((float(row["val_loss"]) for row in reversed(rows) if row["val_loss"]), math.nan)
-        table.append([run, *(str(config.get(name)) for name in names), last["step"], f"{int(last['tokens']):,}", f"{float(last['seconds']):.0f}",
+        last = rows[-1]
+        validation = next((float(row["val_loss"]) for row in reversed(rows) if row["val_loss"]), math.nan)
+        table.append([run, *(str(config.get(name)) for name in names),
+                      last["step"], f"{int(last['tokens']):,}", f"{float(last['seconds']):.0f}",
                       f"{float(last['train_loss']):.4f}", f"{validation:.4f}", f"{perplexity(validation):.2f}"])
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
@@ -522,34 +588,43 @@ def compare_runs(folders):
     print(f"{Path(out_dir) / 'curves.svg'} shows the curves")
 
 
-# --------------------------------------------------------------------------------------------------------------- a run
+# ---------------------------------------------------------------------------------------------------------------- a run
 
 def check_flags(processes):
     """Raise UsageError for a flag whose value makes no sense."""
-    for name in ("context_length", "num_layers", "d_model", "num_heads", "batch_size", "grad_accum", "steps", "eval_interval", "eval_batches",
-                 "log_interval"):
+    for name in ("context_length", "num_layers", "d_model", "num_heads", "batch_size", "grad_accum", "steps",
+                 "eval_interval", "eval_batches", "log_interval"):
         require(globals()[name] >= 1, f"--{name}={globals()[name]}: must be at least 1")
-    for name in ("d_ff", "embedding_scale", "residual_gain", "muon_lr", "min_lr", "warmup_steps", "eps", "weight_decay", "grad_clip", "max_minutes", "seed"):
+    for name in ("d_ff", "embedding_scale", "residual_gain", "muon_lr", "min_lr", "warmup_steps", "eps",
+                 "weight_decay", "grad_clip", "max_minutes", "seed"):
         require(globals()[name] >= 0, f"--{name}={globals()[name]}: must not be negative")
     for name in ("rope_theta", "lr"):
         require(globals()[name] > 0, f"--{name}={globals()[name]}: must be above 0")
     for name in ("beta1", "beta2"):
         require(0 <= globals()[name] < 1, f"--{name}={globals()[name]}: must be at least 0 and below 1")
-    for name, choices in dict(optimizer=("adamw", "muon"), device=("", "cpu", "cuda", "mps"), dtype=("", "float32", "bfloat16")).items():
-        require(globals()[name] in choices, f"--{name}={globals()[name]}: choose {' or '.join(choice or 'nothing' for choice in choices)}")
+    for name, choices in dict(optimizer=("adamw", "muon"), device=("", "cpu", "cuda", "mps"),
+                              dtype=("", "float32", "bfloat16")).items():
+        require(globals()[name] in choices,
+                f"--{name}={globals()[name]}: choose {' or '.join(choice or 'nothing' for choice in choices)}")
     for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-        require(device != name or module.is_available(), f"--device={name}: this machine has none that this torch can use")
+        require(device != name or module.is_available(),
+                f"--device={name}: this machine has none that this torch can use")
     require(data_dir and out_dir, "--data_dir or --out_dir is empty: name a folder")
-    require(Path(data_dir).resolve() != Path(out_dir).resolve(), f"--out_dir={out_dir} is --data_dir too: a run wants a folder of its own")
+    require(Path(data_dir).resolve() != Path(out_dir).resolve(),
+            f"--out_dir={out_dir} is --data_dir too: a run wants a folder of its own")
     require(d_model % num_heads == 0, f"--num_heads={num_heads} does not divide --d_model={d_model}")
     require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
     require(batch_size % (processes * grad_accum) == 0,
-            f"--batch_size={batch_size} sequences cannot be split evenly over {processes} processes times --grad_accum={grad_accum} parts")
-    require(not shard or processes > 1, "--shard=True spreads one model over several processes: start them with torchrun")
+            f"--batch_size={batch_size} sequences cannot be split evenly over "
+            f"{processes} processes times --grad_accum={grad_accum} parts")
+    require(not shard or processes > 1,
+            "--shard=True spreads one model over several processes: start them with torchrun")
 
 
 def choose_device(local_rank):
-    """Choose the device of this process and make it the current one; return it, and the data type of the matrix products on it."""
+    """Choose the device of this process and make it the current one;
+    return it, and the data type of the matrix products on it.
+    """
     name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
@@ -557,26 +632,34 @@ def choose_device(local_rank):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = name == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.device(f"cuda:{local_rank}" if name == "cuda" else name), getattr(torch, dtype or ("bfloat16" if fast else "float32"))
+    return (torch.device(f"cuda:{local_rank}" if name == "cuda" else name),
+            getattr(torch, dtype or ("bfloat16" if fast else "float32")))
 
 
 def check_memory(vocab_size, share, place):
-    """Raise UsageError for a model, or a share of the batch, that this device could not hold even if everything went well."""
+    """Raise UsageError for a model, or a share of the batch,
+    that this device could not hold even if everything went well.
+    """
     if place.type == "cuda":
         memory = torch.cuda.get_device_properties(place).total_memory
     elif hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return
-    # At least: 16 bytes a parameter for weights, gradients and AdamW's two moments; the logits and each block's projections in bfloat16.
+    # At least: 16 bytes a parameter for weights, gradients and AdamW's two moments;
+    # the logits and each block's projections in bfloat16.
     state = 16 * d_model * (vocab_size + num_layers * (4 * d_model + 2 * (d_ff or default_d_ff(d_model, swiglu))))
     batch = 2 * share * context_length * (vocab_size + 8 * num_layers * d_model)
     for names, need in ("--d_model, --num_layers and --d_ff", state), ("--batch_size (divided by --grad_accum)", batch):
-        require(need < memory or shard, f"{names} would take {need / 1e9:,.0f} GB at least, and there are {memory / 1e9:,.0f}: make them smaller")
+        require(need < memory or shard,
+                f"{names} would take {need / 1e9:,.0f} GB at least, "
+                f"and there are {memory / 1e9:,.0f}: make them smaller")
 
 
 def load_data():
-    """The tokens for training and for validation, the size of the vocabulary, and the check sums by which a resumed run knows its data."""
+    """The tokens for training and for validation, the size of the vocabulary,
+    and the check sums by which a resumed run knows its data.
+    """
     files = {name: Path(data_dir) / name for name in ("vocab.json", "merges.txt", "train.bin", "val.bin")}
     vocab_size = len(Tokenizer.from_files(files["vocab.json"], files["merges.txt"]).vocab)
     tokens = [load_tokens(files[name], vocab_size, context_length) for name in ("train.bin", "val.bin")]
@@ -586,19 +669,29 @@ def load_data():
 
 
 def differences(there, here):
-    """In which constants another run differs from this one, beyond what a resumed run may change: a list of phrases. Both are dicts."""
-    return [f"{name} is {there.get(name)!r} there and {value!r} here" for name, value in here.items() if name not in MAY_CHANGE and there.get(name) != value]
+    """In which constants another run differs from this one, beyond what a resumed run may change: a list of phrases.
+    Both are dicts.
+    """
+    return [f"{name} is {there.get(name)!r} there and {value!r} here"
+            for name, value in here.items() if name not in MAY_CHANGE and there.get(name) != value]
 
 
 def check_same_run(saved, config, check_sums):
-    """Raise UsageError, naming what differs, unless the checkpoint's run had these constants and data with these check sums."""
+    """Raise UsageError, naming what differs, unless the checkpoint's run had these constants
+    and data with these check sums.
+    """
     differing = differences(saved["config"], config)
-    differing += [f"{Path(data_dir) / name} is another file" for name in check_sums if saved["data"].get(name) != check_sums[name]]
-    require(not differing, f"--resume=True: {out_dir} holds another run: {', '.join(differing)}; give its flags (config.json has them), or another --out_dir")
+    differing += [f"{Path(data_dir) / name} is another file"
+                  for name in check_sums if saved["data"].get(name) != check_sums[name]]
+    require(not differing,
+            f"--resume=True: {out_dir} holds another run: {', '.join(differing)}; "
+            f"give its flags (config.json has them), or another --out_dir")
 
 
 def prepare_folder(config, done):
-    """Cut the log of a run resumed at step `done` back to there; or (done 0) move an older run aside and lay down the files of a new one."""
+    """Cut the log of a run resumed at step `done` back to there;
+    or (done 0) move an older run aside and lay down the files of a new one.
+    """
     out, log = Path(out_dir), Path(out_dir) / "log.csv"
     if done:
         write_log(log, [row for row in read_log(log) if int(row["step"]) <= done])
@@ -607,7 +700,8 @@ def prepare_folder(config, done):
     same = resume and (out / "config.json").exists() and not differences(read_config(out / "config.json"), config)
     if old and not same:   # the same run may begin anew where it was killed before its first checkpoint
         here = out.resolve()
-        aside = next(path for path in (here.with_name(f"{here.name}.{i}") for i in itertools.count(1)) if not path.exists())
+        aside = next(path for path in (here.with_name(f"{here.name}.{i}") for i in itertools.count(1))
+                     if not path.exists())
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
@@ -621,10 +715,13 @@ def prepare_folder(config, done):
 
 
 def compile_model(model, loss_of, inputs, targets):
-    """Fuse the model with torch.compile for batches of this shape; or leave it, with a line of warning, where this machine cannot compile."""
+    """Fuse the model with torch.compile for batches of this shape;
+    or leave it, with a line of warning, where this machine cannot compile.
+    """
     print("compiling, up to a minute the first time (--compile=False goes without) ... ", end="", flush=True)
     begin = time.perf_counter()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the script at once: the compiler may swallow Python's KeyboardInterrupt
+    # Ctrl-C ends the script at once: the compiler may swallow Python's KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         model.compile_parts()
         loss_of(inputs, targets).backward()
@@ -634,12 +731,15 @@ def compile_model(model, loss_of, inputs, targets):
     except Exception as error:  # no C++ compiler, no Triton, no place for the cache: each has an exception of its own
         torch.compiler.set_stance("force_eager")
         print("failed", flush=True)
-        print(f"warning: cannot compile here, so steps take longer: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        print(f"warning: cannot compile here, so steps take longer: {' '.join(str(error).split())[:200]}",
+              file=sys.stderr)
     model.zero_grad()
 
 
 def keep_freed_memory():
-    """Let glibc keep large blocks that are freed, instead of taking new pages from the system at every step: 5 % of a step on a CPU."""
+    """Let glibc keep large blocks that are freed, instead of taking new pages from the system at every step:
+    5 % of a step on a CPU.
+    """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)    # M_MMAP_MAX: large blocks come from the heap
@@ -649,7 +749,9 @@ def keep_freed_memory():
 
 
 def optimise(model, rule, loss_of, batches):
-    """One step of the optimiser `rule` along the mean gradient of some (inputs, targets); return their mean loss and the gradient's norm, (2,)."""
+    """One step of the optimiser `rule` along the mean gradient of some (inputs, targets);
+    return their mean loss and the gradient's norm, (2,).
+    """
     losses = []
     for inputs, targets in batches:
         loss = loss_of(inputs, targets) / len(batches)
@@ -666,13 +768,17 @@ def optimise(model, rule, loss_of, batches):
 def evaluate(loss_of, tokens, parts, place):
     """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
     starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64)
-    # The gradient stays on, though nobody asks for it: under no_grad torch.compile would compile the model a second time.
-    losses = [loss_of(*windows(tokens, row[part], context_length, place)).detach() for row in starts.reshape(eval_batches, batch_size) for part in parts]
+    # The gradient stays on, though nobody asks for it:
+    # under no_grad torch.compile would compile the model a second time.
+    losses = [loss_of(*windows(tokens, row[part], context_length, place)).detach()
+              for row in starts.reshape(eval_batches, batch_size) for part in parts]
     return mean_over_processes(torch.stack(losses).mean()).item()
 
 
 def gpu_peak(place):
-    """FLOP/s of this GPU in dense bfloat16 products, against which MFU is counted whatever the data type; 0 where that is not known."""
+    """FLOP/s of this GPU in dense bfloat16 products, against which MFU is counted whatever the data type;
+    0 where that is not known.
+    """
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
     return next((flops for card, flops in PEAK_FLOPS.items() if card in name), 0)
 
@@ -684,7 +790,9 @@ def duration(seconds):
 
 
 def catch_signals():
-    """A list that receives the first Ctrl-C or SIGTERM, for the loop to stop after its step; a second one ends the process at once."""
+    """A list that receives the first Ctrl-C or SIGTERM, for the loop to stop after its step;
+    a second one ends the process at once.
+    """
     caught = []
 
     def handle_both(handler):
@@ -700,10 +808,13 @@ def catch_signals():
 
 
 def check_divergence(step, rate, loss, norm, val_loss, vocab_size):
-    """Raise RuntimeError if the run diverged: a figure is not finite, or the loss is ten times that of a blind guess, log(vocab_size)."""
+    """Raise RuntimeError if the run diverged: a figure is not finite,
+    or the loss is ten times that of a blind guess, log(vocab_size).
+    """
     if not math.isfinite(loss + norm + (val_loss or 0)) or loss > 10 * math.log(vocab_size):
         checkpoint = Path(out_dir) / "ckpt.pt"
-        raise RuntimeError(f"the run diverged by step {step:,}: training loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
+        raise RuntimeError(f"the run diverged by step {step:,}: "
+                           f"training loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
                            + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
 
 
@@ -714,9 +825,12 @@ def report(step, left, seconds, rate, loss, norm, val_loss, pace, mfu_of_one):
     """
     tokens, speed = step * batch_size * context_length, batch_size * context_length / pace
     with open(Path(out_dir) / "log.csv", "a", encoding="utf-8") as file:
-        file.write(f"{step},{tokens},{seconds:.2f},{rate:.6g},{loss:.6f},{'' if val_loss is None else f'{val_loss:.6f}'},{norm:.6f},{speed:.1f}\n")
-    print(f"step {step:,} of {'about ' if max_minutes else ''}{step + left / pace:,.0f}: loss {loss:.3f}{'' if val_loss is None else f', validation {val_loss:.3f}'}, "
-          f"lr {rate:.1e}, norm {norm:.2f}, {speed:,.0f} tokens/s{f' ({speed * mfu_of_one:.0%} MFU)' if mfu_of_one else ''}, "
+        file.write(f"{step},{tokens},{seconds:.2f},{rate:.6g},{loss:.6f},"
+                   f"{'' if val_loss is None else f'{val_loss:.6f}'},{norm:.6f},{speed:.1f}\n")
+    print(f"step {step:,} of {'about ' if max_minutes else ''}{step + left / pace:,.0f}: "
+          f"loss {loss:.3f}{'' if val_loss is None else f', validation {val_loss:.3f}'}, "
+          f"lr {rate:.1e}, norm {norm:.2f}, "
+          f"{speed:,.0f} tokens/s{f' ({speed * mfu_of_one:.0%} MFU)' if mfu_of_one else ''}, "
           f"{duration(left)} left", flush=True)
 
 
@@ -737,12 +851,15 @@ def build(vocab_size, place, kind):
 
 
 class Run:
-    """A model in training, with all that a checkpoint must bring back for a resumed run to go on as if it had never stopped."""
+    """A model in training, with all that a checkpoint must bring back
+    for a resumed run to go on as if it had never stopped.
+    """
 
     def __init__(self, config, train_tokens, val_tokens, vocab_size, check_sums, rank, processes):
         self.config, self.train_tokens, self.val_tokens, self.check_sums = config, train_tokens, val_tokens, check_sums
         self.place, self.kind = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
-        require(processes == 1 or self.place.type != "mps", "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
+        require(processes == 1 or self.place.type != "mps",
+                "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
         if processes > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.place.type == "cuda" else "gloo")
         self.share = batch_size // processes // grad_accum   # sequences that go through the model at once
@@ -751,9 +868,11 @@ class Run:
         check_memory(vocab_size, self.share, self.place)
         self.model, self.rule = build(vocab_size, self.place, self.kind)
         print(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
-              f"{f'{processes} processes on ' * (processes > 1)}{self.place.type}, {str(self.kind).removeprefix('torch.')}")
+              f"{f'{processes} processes on ' * (processes > 1)}{self.place.type}, "
+              f"{str(self.kind).removeprefix('torch.')}")
         self.checkpoint = Path(out_dir) / "ckpt.pt"
-        # Steps and seconds so far; loss and gradient norm, summed up over the `count` steps since the last row of the log.
+        # Steps and seconds so far;
+        # loss and gradient norm, summed up over the `count` steps since the last row of the log.
         self.step, self.earlier, self.sums, self.count = 0, 0.0, torch.zeros(2, device=self.place), 0
         if resume and self.checkpoint.exists():
             self.restore()
@@ -761,15 +880,16 @@ class Run:
     def restore(self):
         """Go back to where the checkpoint stands. Raises UsageError if it is of another run."""
         saved = read_checkpoint(self.checkpoint)
-        require({"config", "data", "seconds", "sums", "count"} <= saved.keys(), f"--resume=True: {self.checkpoint} holds weights, but no run to continue")
+        require({"config", "data", "seconds", "sums", "count"} <= saved.keys(),
+                f"--resume=True: {self.checkpoint} holds weights, but no run to continue")
         check_same_run(saved, self.config, self.check_sums)
         self.step, self.earlier = load_checkpoint(saved, self.model, self.rule), saved["seconds"]
         self.sums, self.count = saved["sums"].to(self.place), saved["count"]
         print(f"{self.checkpoint} stands at step {self.step:,}")
 
     def save(self):
-        save_checkpoint(self.model, self.rule, self.step, self.checkpoint, config=self.config, data=self.check_sums, seconds=self.clock(),
-                        sums=mean_over_processes(self.sums), count=self.count)
+        save_checkpoint(self.model, self.rule, self.step, self.checkpoint, config=self.config, data=self.check_sums,
+                        seconds=self.clock(), sums=mean_over_processes(self.sums), count=self.count)
 
     def clock(self):
         """Seconds that the run has taken, those before a resumption included."""
@@ -786,7 +906,9 @@ class Run:
         for group in self.rule.param_groups:
             group["lr"] = rate * group["scale"]
         # Each part draws the starts of the whole batch again, from the same seed, and reads its own rows.
-        batches = [get_batch(self.train_tokens, batch_size, context_length, self.place, generator_of_step(seed, self.step), part) for part in self.parts]
+        batches = [get_batch(self.train_tokens, batch_size, context_length, self.place,
+                             generator_of_step(seed, self.step), part)
+                   for part in self.parts]
         self.sums += optimise(self.model, self.rule, self.loss_of, batches)
         self.count += 1
 
@@ -796,11 +918,14 @@ class Run:
 
 
 def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, processes):
-    """One run in out_dir, from step 0 or from its checkpoint to the end; return the exit status. Only the process of rank 0 writes."""
+    """One run in out_dir, from step 0 or from its checkpoint to the end; return the exit status.
+    Only the process of rank 0 writes.
+    """
     keep_freed_memory()
     run = Run(config, train_tokens, val_tokens, vocab_size, check_sums, rank, processes)
     log, picture, peak = Path(out_dir) / "log.csv", Path(out_dir) / "curves.svg", gpu_peak(run.place) * processes
-    mfu_of_one = training_flops(run.model) / peak if peak else 0.0   # model FLOPs utilisation at one token a second, where it is known
+    # model FLOPs utilisation at one token a second, where it is known
+    mfu_of_one = training_flops(run.model) / peak if peak else 0.0
     if rank == 0:
         prepare_folder(config, run.step)
     if compile:
@@ -812,9 +937,11 @@ def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, proces
         run.validate()
         run.save()
         budget -= largest(1.5 * (run.clock() - begin) + 1.5)[0]
-        horizon = run.step * budget / largest(run.clock())[0] if run.step else math.inf   # one clock for all: their rates must be equal
+        # one clock for all: their rates must be equal
+        horizon = run.step * budget / largest(run.clock())[0] if run.step else math.inf
     if run.step >= horizon:
-        print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes else f"{out_dir} holds all of its {run.step:,} steps already")
+        print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes
+              else f"{out_dir} holds all of its {run.step:,} steps already")
         return 0
 
     caught, row_step, row_end, last, stop = catch_signals(), run.step, run.clock(), False, 0
@@ -822,14 +949,16 @@ def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, proces
         begin = run.clock()
         rate = get_lr_cosine_schedule(run.step + 1, lr, min_lr, warmup_steps, horizon)
         run.advance(rate)
-        next_end, stop = largest(2 * run.clock() - begin, *(caught or [0]))   # when one more step would end; the signal that any process got
+        # when one more step would end; the signal that any process got
+        next_end, stop = largest(2 * run.clock() - begin, *(caught or [0]))
         if max_minutes:   # the share of the steps that is done is that of the time: the rate falls with the clock
             horizon = max(run.step, run.step * budget / next_end)
         last = run.step >= horizon
         evaluating = last or run.step % eval_interval == 0
         due = evaluating or run.step % log_interval == 0 or run.step == 1
         if due or stop:
-            loss, norm = (mean_over_processes(run.sums) / run.count).tolist()   # waits for the device, which other steps do not
+            # waits for the device, which other steps do not
+            loss, norm = (mean_over_processes(run.sums) / run.count).tolist()
             seconds = run.clock()
             val_loss = run.validate() if evaluating else None
             check_divergence(run.step, rate, loss, norm, val_loss, vocab_size)
@@ -849,8 +978,8 @@ def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, proces
     if not last:
         print(f"stopped at step {run.step:,}; --resume=True goes on from there")
         return 128 + int(stop)
-    print(f"{run.step * batch_size * context_length:,} tokens in {duration(run.clock())}: validation loss {val_loss:.4f}, "
-          f"perplexity {perplexity(val_loss):.1f}; {picture} shows the way")
+    print(f"{run.step * batch_size * context_length:,} tokens in {duration(run.clock())}: "
+          f"validation loss {val_loss:.4f}, perplexity {perplexity(val_loss):.1f}; {picture} shows the way")
     return 0
 
 
