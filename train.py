@@ -7,7 +7,7 @@ processes.
     $ python train.py --compare=out/a,out/b                       # draw the losses of several runs, train nothing
     $ torchrun --nproc_per_node=8 train.py --max_minutes=90       # on eight GPUs, for 90 minutes
 
-    step 1,000 of 1,000: loss 3.049, validation 3.976, lr 3.0e-05, norm 0.67, 14,500 tokens/s, 0:00 left
+    step 1,000 of 1,000: loss 3.046, validation 3.972, lr 3.0e-05, norm 0.67, 11,497 tokens/s, 0:00 left
 
 Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (weights and optimiser
 state), log.csv (one row per logged step), curves.svg (the losses over steps and over seconds), config.json (the
