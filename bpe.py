@@ -172,8 +172,8 @@ def cut_pattern(specials):
     """
     wide = [chr(point).encode() for point in np.flatnonzero(kind_of_code_point() == SPACE).tolist() if point > 127]
     # The character comes first, for the engine skips to it quickly; what must stand before it is looked at afterwards.
-    not_wide = b"".join(rb"(?<!%s\s)" % space
-                        for space in wide)  # white space beyond ASCII ends in a byte that \S matches
+    # White space beyond ASCII ends in a byte that \S matches.
+    not_wide = b"".join(rb"(?<!%s\s)" % space for space in wide)
     between = rb"[\s!-~](?:(?<=\S\s)" + not_wide + rb"|(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s]))"
     inside = {(token[:match.end()], token[match.end():]) for token in specials for match in re.finditer(between, token)}
     return re.compile(between + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail))
@@ -233,8 +233,9 @@ def read_utf8(path, start, stop):
 # A word of up to 15 bytes is a column of two uint64: its bytes, then zeros, then its length in the last byte. So words
 # are compared, sorted and counted as numbers, without a Python object each. The few longer ones stay bytes objects.
 SHORT = 15
-KEEP = np.array([[2 ** (8 * min(n, 8)) - 1, 2 ** (8 * max(n - 8, 0)) - 1]
-                 for n in range(SHORT + 1)], np.uint64).T.copy()  # masks by length
+# Masks by length, (2, SHORT + 1).
+KEEP = np.array([[2 ** (8 * min(n, 8)) - 1 for n in range(SHORT + 1)],
+                 [2 ** (8 * max(n - 8, 0)) - 1 for n in range(SHORT + 1)]], np.uint64)
 
 
 def pack(text, places, lengths):

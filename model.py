@@ -192,8 +192,8 @@ def causal_attention(q, k, v, blocks=4):
     outputs = []
     for i, block in enumerate(queries):   # (..., T_block, d_k)
         # The gradient of slices k[..., :end, :] would compile into slower loops than these.
-        seen_keys, seen_values = (torch.cat(keys[:i + 1], dim=-2),   # (..., T_seen, d_k)
-                                  torch.cat(values[:i + 1], dim=-2))
+        seen_keys = torch.cat(keys[:i + 1], dim=-2)       # (..., T_seen, d_k)
+        seen_values = torch.cat(values[:i + 1], dim=-2)
         # The block's first query stands at position i * size,
         # where the triangle's diagonal therefore begins: (T_block, T_seen).
         mask = torch.ones(block.size(-2), seen_keys.size(-2), dtype=torch.bool, device=q.device).tril(i * size)
@@ -574,8 +574,8 @@ def print_training(model, batch_size, steps, memory, flops_per_second):
     layers, gated = len(model.layers), isinstance(model.layers[0].ffn, SwiGLU)
     tied = model.lm_head.weight is model.token_embeddings.weight
     (V, D), F = model.token_embeddings.weight.shape, model.layers[0].ffn.w1.weight.size(0)
-    total, state, each = (sum(parameters(model).values()), sum(adamw_memory(model, 0).values()),
-                          adamw_memory(model, 1)["activations"])
+    total, state = sum(parameters(model).values()), sum(adamw_memory(model, 0).values())
+    each = adamw_memory(model, 1)["activations"]
     step = training_flops(model) * model.context_length * batch_size
     print(f"AdamW in float32, a batch of B sequences; {'gated' if gated else 'ungated'}, "
           f"{'tied' if tied else 'untied'}, N = {layers} layers, D = {D:,}, F = {F:,},")

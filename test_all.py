@@ -474,8 +474,8 @@ def test_softmax_is_torchs_along_any_dimension_and_at_extremes():
 
 
 def test_rope_turns_neighbouring_pairs_as_complex_numbers():
-    rope, x, positions = (RotaryPositionalEmbedding(10000.0, 8, 32), randn(2, 5, 8),
-                          torch.tensor([[0, 1, 2, 3, 4], [31, 7, 7, 0, 2]]))
+    rope, x = RotaryPositionalEmbedding(10000.0, 8, 32), randn(2, 5, 8)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [31, 7, 7, 0, 2]])
     angles = positions[..., None] * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2)))
                                 * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
@@ -509,8 +509,8 @@ def test_causal_attention_in_blocks_is_attention_under_one_triangular_mask(lengt
 
 
 def test_multi_head_attention_is_torchs_nn_multihead_attention():
-    ours, theirs, x = (MultiHeadSelfAttention(32, 4).double(),
-                       torch.nn.MultiheadAttention(32, 4, bias=False, batch_first=True).double(), randn(2, 7, 32))
+    ours, x = MultiHeadSelfAttention(32, 4).double(), randn(2, 7, 32)
+    theirs = torch.nn.MultiheadAttention(32, 4, bias=False, batch_first=True).double()
     theirs.in_proj_weight.data = torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]).data
     theirs.out_proj.weight.data = ours.output_proj.weight.data
     same(ours(x), theirs(x, x, x, attn_mask=torch.ones(7, 7, dtype=torch.bool).triu(1), need_weights=False)[0])
@@ -695,8 +695,8 @@ def test_gpt2_xl_has_the_handouts_parameters_and_flops():
     assert sum(parameters(gated).values()) == 2_127_057_600 and f"{total / 1e12:.3f}" == "4.513"
     assert f"{long_total / 1e12:.1f}" == "149.5" and f"{long_total / total:.1f}" == "33.1"
     assert [f"{forward_flops(long)[part] / long_total:.1%}" for part in ("attention core", "FFN")] == ["55.2%", "32.3%"]
-    ungated, long, tied = (gpt2("XL", swiglu=False), gpt2("XL", 16384, swiglu=False),
-                           gpt2("XL", swiglu=False, tie_embeddings=True))
+    ungated, long = gpt2("XL", swiglu=False), gpt2("XL", 16384, swiglu=False)
+    tied = gpt2("XL", swiglu=False, tie_embeddings=True)
     assert (f"{sum(forward_flops(ungated).values()) / 1e12:.3f}" == "3.507"
             and f"{sum(forward_flops(long).values()) / 1e12:.1f}" == "133.4")
     assert sum(parameters(ungated).values()) == 1_635_537_600 and sum(parameters(tied).values()) == 1_555_126_400
@@ -784,10 +784,10 @@ def flags(data, out, *words, **changes):
 
 def run_train(*words):
     """Run train.py with these flags, as its main program does, in this process; return the exit status."""
-    saved, handlers = ({name: value for name, value in vars(train).items() if name.islower()},
-                       [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)])
-    arguments, sys.argv, train.STARTED, train.__file__ = (
-        sys.argv, ["train.py", *words], time.perf_counter(), str(ROOT / "train.py"))
+    saved = {name: value for name, value in vars(train).items() if name.islower()}
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    arguments, sys.argv = sys.argv, ["train.py", *words]
+    train.STARTED, train.__file__ = time.perf_counter(), str(ROOT / "train.py")
     try:
         with train.one_line_errors():
             train.main()
@@ -868,8 +868,8 @@ def test_every_place_that_fits_is_drawn_and_no_other():
 
 
 def test_processes_read_their_rows_of_one_global_batch():
-    tokens, draw = (np.random.default_rng(0).integers(0, 100, 500),
-                    lambda part: get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 11), part)[0])
+    tokens = np.random.default_rng(0).integers(0, 100, 500)
+    draw = lambda part: get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 11), part)[0]
     assert torch.equal(torch.cat([draw(slice(0, 3)), draw(slice(3, 8))]), draw(slice(None)))
     assert not torch.equal(draw(slice(None)), get_batch(tokens, 8, 5, "cpu", train.generator_of_step(7, 12))[0])
     assert not torch.equal(draw(slice(None)), get_batch(tokens, 8, 5, "cpu", train.generator_of_step(8, 11))[0])
@@ -1176,8 +1176,8 @@ def test_two_processes_do_what_one_does_and_so_do_two_that_share_the_model(data,
                           cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("validation loss") == 1, done.stderr
     done = forking(f"""
-runs = [start(*{flags(data, tmp_path / "shared", "--shard=True",
-                      **settings)}, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+runs = [start(*{flags(data, tmp_path / "shared", "--shard=True", **settings)},
+              RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
               MASTER_ADDR="localhost", MASTER_PORT="{29950 + os.getpid() % 30}") for rank in range(2)]
 assert list(map(join, runs)) == [0, 0]
 """)
@@ -1201,17 +1201,13 @@ def test_divergence_is_said_and_keeps_the_last_good_checkpoint(data, tmp_path, c
     assert all(math.isfinite(float(row["train_loss"])) for row in rows(out))
 
 
-def test_a_timed_run_ends_within_its_time_and_at_the_smallest_rate(data, tmp_path):
+def test_a_timed_run_ends_within_its_time_at_the_smallest_rate_and_tells_what_is_left_by_the_pace_of_its_steps(
+        data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: time.sleep(2))   # a slow start, as compilation is
     begin = time.perf_counter()
     assert run_train(*flags(data, tmp_path / "out", max_minutes=0.1, eval_interval=1000, log_interval=50)) == 0
     assert 3 < time.perf_counter() - begin < 6
     assert float(rows(tmp_path / "out")[-1]["lr"]) < 1e-4 and rows(tmp_path / "out")[-1]["val_loss"]
-
-
-def test_what_is_left_of_a_timed_run_is_told_by_the_pace_of_its_steps_not_by_the_time_it_took_to_start(
-        data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "keep_freed_memory", lambda: time.sleep(2))
-    assert run_train(*flags(data, tmp_path / "out", max_minutes=0.1, eval_interval=1000, log_interval=50)) == 0
     shown = [int(total.replace(",", ""))
              for total in regex.findall(r"step [\d,]+ of about ([\d,]+):", capsys.readouterr().out)]
     assert len(shown) > 2 and shown[-1] / 3 < shown[1] < shown[-1] * 3
@@ -1234,10 +1230,6 @@ def test_broken_data_is_refused_before_anything_is_written(data, tmp_path, capsy
 
 # ------------------------------------------------------------------------------------------------------------ sample.py
 
-SWITCHES = [{}, dict(post_norm=True), dict(rms_norm=False), dict(rope=False), dict(swiglu=False),
-            dict(tie_embeddings=True)]
-
-
 def tiny_model(context_length=8, vocab_size=61, **switches):
     torch.manual_seed(1)
     return TransformerLM(vocab_size, context_length, 2, 32, 4, 48, **switches).eval()
@@ -1255,7 +1247,7 @@ def greedy_without_cache(model, ids, count):
     return chosen
 
 
-@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize("switches", ABLATIONS)
 def test_greedy_text_is_the_same_with_and_without_cache_within_and_beyond_the_context(switches):
     model = tiny_model(**switches)
     for length in range(1, 11):
@@ -1782,8 +1774,8 @@ def test_a_vocabulary_far_larger_than_the_text_ends_where_pairs_do(tmp_path):
 
 def test_a_full_cache_of_words_changes_no_id(monkeypatch, tmp_path):
     (tmp_path / "text.txt").write_text("the cat in the hat that sat")
-    learnt, pieces = (train_bpe(tmp_path / "text.txt", 270, [], 1),
-                      [f"the cat {i} sat in the {i * 7}hat" for i in range(200)])
+    learnt = train_bpe(tmp_path / "text.txt", 270, [], 1)
+    pieces = [f"the cat {i} sat in the {i * 7}hat" for i in range(200)]
     roomy = Tokenizer(*learnt)
     expected = [roomy.encode(piece) for piece in pieces]
     monkeypatch.setattr(bpe, "CACHE", 20)
