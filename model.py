@@ -8,12 +8,9 @@ the resource accounting.
 Parameters, bytes, every matrix product of a forward pass with its FLOPs, AdamW's memory, and days of training.
 Units are powers of ten: 1 GB = 1e9 bytes, 1 TFLOP = 1e12 floating-point operations; a multiply-add is 2 of them.
 """
-import os
 import re
 import signal
 import sys
-import zlib
-from contextlib import nullcontext
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
@@ -376,35 +373,6 @@ class TransformerLM(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=False)
         self.head_loss = torch.compile(self.head_loss, dynamic=False)
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-CRC_OF_WHOLE = 0x2144DF1C   # what CRC-32 gives for any bytes with their own CRC-32 behind them, as a checkpoint has it
-
-
-def read_checkpoint(src):
-    """What train.py's save_checkpoint wrote to a path or binary file object,
-    as a dict of tensors and plain values on the CPU.
-
-    Raises ValueError unless the file is whole, to the last bit. No code from the file is run.
-    """
-    by_path = isinstance(src, (str, os.PathLike))
-    with open(src, "rb") if by_path else nullcontext(src) as file:
-        begin, total = file.tell(), 0
-        while part := file.read(1 << 20):
-            total = zlib.crc32(part, total)
-        file.seek(begin)
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True) if total == CRC_OF_WHOLE else {}
-        except MemoryError:
-            raise
-        except Exception:  # torch and pickle have many ways to say that a file is foreign
-            saved = {}
-    if not (isinstance(saved, dict) and {"model", "optimizer", "iteration"} <= saved.keys()):
-        raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, "
-                         f"or is no checkpoint of train.py")
-    return saved
 
 
 # -------------------------------------------------------------------------------------------------- resource accounting

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from bpe import Tokenizer, configure, one_line_errors, require
-from model import Linear, TransformerLM, read_checkpoint, softmax
+from model import Linear, TransformerLM, softmax
+from train import read_checkpoint
 
 out_dir = "out"        # run folder that train.py wrote
 prompt = ""            # text to continue; "-": standard input, "@file": a file's text; empty: start a new document

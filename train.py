@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from bpe import Tokenizer, configure, one_line_errors, only_run_in, replacing, require
-from model import TransformerLM, default_d_ff, read_checkpoint, training_flops
+from model import TransformerLM, default_d_ff, training_flops
 
 # files
 data_dir = "data"       # folder that bpe.py wrote
@@ -390,6 +390,9 @@ def parameter_groups(model):
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
+CRC_OF_WHOLE = 0x2144DF1C   # what CRC-32 gives for any bytes with their own CRC-32 behind them, as a checkpoint has it
+
+
 def gathered(value):
     """Nested dicts and lists with their sharded tensors made whole, in the main memory of rank 0 only;
     all processes must call this together.
@@ -443,6 +446,30 @@ def save_checkpoint(model, optimizer, iteration, out, **more):
     except (OSError, RuntimeError) as error:  # torch hides the operating system's reason behind one of its own
         reason = getattr(error.__context__, "strerror", None) or getattr(error, "strerror", None) or error
         raise OSError(f"{out} was not written, and what stood there before still stands: {reason}") from None
+
+
+def read_checkpoint(src):
+    """What train.py's save_checkpoint wrote to a path or binary file object,
+    as a dict of tensors and plain values on the CPU.
+
+    Raises ValueError unless the file is whole, to the last bit. No code from the file is run.
+    """
+    by_path = isinstance(src, (str, os.PathLike))
+    with open(src, "rb") if by_path else nullcontext(src) as file:
+        begin, total = file.tell(), 0
+        while part := file.read(1 << 20):
+            total = zlib.crc32(part, total)
+        file.seek(begin)
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True) if total == CRC_OF_WHOLE else {}
+        except MemoryError:
+            raise
+        except Exception:  # torch and pickle have many ways to say that a file is foreign
+            saved = {}
+    if not (isinstance(saved, dict) and {"model", "optimizer", "iteration"} <= saved.keys()):
+        raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, "
+                         f"or is no checkpoint of train.py")
+    return saved
 
 
 def load_checkpoint(src, model, optimizer):
