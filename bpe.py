@@ -29,6 +29,7 @@ import json
 import math
 import mmap
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -42,7 +43,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache, partial
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +183,17 @@ def kind_of_byte(text):
     return kinds
 
 
+def changes(values):
+    """Whether each value of an array differs from the one before it; the first one does.
+
+    >>> changes(np.array([5, 5, 7])).tolist()
+    [True, False, True]
+    """
+    differs = np.ones(len(values), bool)
+    differs[1:] = values[1:] != values[:-1]
+    return differs
+
+
 def pretokenise(text, special):
     """Where the words of plain_words(text, special) begin, and their lengths in bytes: two arrays (W,).
 
@@ -205,8 +216,7 @@ def pretokenise(text, special):
         kinds[start:stop] = SPECIAL
 
     # 1. A word begins where the kind of character changes, and so does every special token.
-    begins = np.ones(len(byte), bool)
-    begins[1:] = kinds[1:] != kinds[:-1]
+    begins = changes(kinds)
     begins[[start for start, _ in spans]] = True
 
     # 2. White space before a word: if its last character is a blank, it joins the word. Any other stands alone.
@@ -258,8 +268,7 @@ def distinct_words(text, special):
     keys = np.sort(hashes >> bits << bits | np.arange(len(places), dtype=np.uint64))
     order = (keys & (1 << bits) - 1).astype(np.intp)
     # Compare neighbours exactly: words with the same hash may get mixed, and then more runs of one word result.
-    low, high, first = low[order], high[order], np.ones(len(order), bool)
-    first[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
+    first = changes(low[order]) | changes(high[order])
     index = np.empty_like(order)
     index[order] = np.cumsum(first) - 1
     chosen = order[first]
@@ -494,13 +503,12 @@ class Segmentation:
         return places[inside] - self.lengths[before[inside]]
 
     def merge_all(self, left, right, new, places):
-        """Like merge, for places that may overlap: of x x x x, the pairs at 0 and 2 are merged. Returns all changed places.
+        """Like merge, for places that may overlap: of x x x x, the pairs at 0 and 2 are merged. Returns all new pairs.
         """
         if left == right:
             places, number = np.sort(places), np.arange(len(places))
-            goes_on = np.zeros(len(places), bool)                            # a row of equal tokens
-            goes_on[1:] = places[1:] - places[:-1] == self.lengths[left]
-            row = np.maximum.accumulate(np.where(goes_on, 0, number))        # the number at which its row starts
+            starts = changes(places - self.lengths[left] * number)         # where a row of equal tokens starts
+            row = np.maximum.accumulate(np.where(starts, number, 0))       # the number at which its row starts
             places = places[(number - row) % 2 == 0]
         before = self.merge(left, right, new, places)
         return np.concatenate((places, before[self.first[before] != new]))   # new new: told by the left one
@@ -514,10 +522,9 @@ def group_by_pair(pairs, places):
     there = pairs >= 0
     pairs, places = pairs[there], places[there]
     order = pairs.argsort()
-    pairs, differs = pairs[order], np.ones(len(pairs) + 1, bool)
-    differs[1:-1] = pairs[1:] != pairs[:-1]
-    bounds = differs.nonzero()[0]
-    return pairs[bounds[:-1]], bounds[:-1], bounds[1:], places[order]
+    pairs = pairs[order]
+    starts = changes(pairs).nonzero()[0]
+    return pairs[starts], starts, [*starts[1:], len(pairs)], places[order]
 
 
 def frequent_pairs(corpus, count, word_of, places, floor):
@@ -687,20 +694,20 @@ class Tokenizer:
         """
         try:
             table = dict(json.loads(Path(vocab_filepath).read_text(encoding="utf-8")))
-            table = {text: index(number) for text, number in table.items()}
+            table = {text: operator.index(number) for text, number in table.items()}
             lines = Path(merges_filepath).read_text(encoding="utf-8").split("\n")
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{vocab_filepath} is no JSON object, or {merges_filepath} no text: {error}") from None
-        pairs = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line]
-        for pair in pairs:
-            if len(pair) != 2 or not BYTE.keys() >= {*"".join(pair)}:
-                raise InputError(f"{merges_filepath}: {' '.join(pair)!r} is not two tokens with a blank between them")
-        made = {*BYTE, *map("".join, pairs)}
+        merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line]
+        for parts in merges:
+            if len(parts) != 2 or not BYTE.keys() >= {*"".join(parts)}:
+                raise InputError(f"{merges_filepath}: {' '.join(parts)!r} is not two tokens with a blank between them")
+        made = {*BYTE, *map("".join, merges)}
         # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
         vocab = {number: hidden(text) if text in made else utf8(text) for text, number in table.items()}
         specials = sorted(table.keys() - made, key=table.get) if every_special else []
         try:
-            return cls(vocab, [(hidden(left), hidden(right)) for left, right in pairs],
+            return cls(vocab, [(hidden(left), hidden(right)) for left, right in merges],
                        [*(special_tokens or ()), *specials])
         except ValueError as error:
             raise InputError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
