@@ -56,7 +56,7 @@ data_dir = "data"                  # folder for vocab.json, merges.txt, train.bi
 tokenizer_dir = ""                 # encode with this folder's tokenizer and special tokens; empty: train one
 num_processes = 0                  # worker processes; 0: one for each core
 
-OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin", "corpus.txt"
+OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt, unless --data names a file
 BLOCK = 1 << 22    # bytes of text that a worker process takes at a time
 SLICE = 1 << 20    # bytes in one pass of the array code
 SHORT = 15         # bytes of the longest word that distinct_words handles as two numbers
@@ -70,8 +70,8 @@ BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 # -------------------------------------------------------------------------------------------------------- 1. pre-tokens
 
 # GPT-2's pattern. A pre-token, or word, is one of: the tail of a contraction; letters, digits or other signs, each with
-# the blank before them; white space. "We've  2 dogs!" is cut into "We", "'ve", " ", " 2", " dogs", "!". White space
-# before a word keeps all but its last character, which joins the word if it is a blank.
+# the space before them; white space. "We've  2 dogs!" is cut into "We", "'ve", " ", " 2", " dogs", "!". Of the white
+# space before a word, the last character joins the word if it is a space.
 PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 CONTRACTION = re.compile(rb"'(?:[sdmt]|ll|ve|re)")
 
@@ -141,7 +141,7 @@ def plain_train(counts, num_merges):
 
 
 def plain_encode(word, merges):
-    """The tokens of a word (bytes), list[bytes]: its pair that was learnt first is merged, until no pair is known.
+    """The tokens of a word (bytes), list[bytes]. Of all its pairs, merge the one learnt first, until none is left.
 
     >>> plain_encode(b"lowest", [(b"s", b"t"), (b"e", b"st"), (b"o", b"w")])
     [b'l', b'ow', b'est']
@@ -202,7 +202,7 @@ def pretokenise(text, special):
         text             W e ' v e     2   d o g s
         kind             L L O L L S S D S L L L L    Letter, Other, Space, Digit
         the kind changes | . | | . | . | | | . . .    1
-        blanks join      | . | | . | | . | . . . .    2
+        spaces join      | . | | . | | . | . . . .    2
         contractions     | . | . . | | . | . . . .    3
 
     >>> text = b"We've  2 dogs"
@@ -219,10 +219,10 @@ def pretokenise(text, special):
     begins = changes(kinds)
     begins[[start for start, _ in spans]] = True
 
-    # 2. White space before a word: if its last character is a blank, it joins the word. Any other stands alone.
-    last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] != SPECIAL))
+    # 2. White space before a word: its last character joins the word if it is a space, else it is a word by itself.
+    last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] != SPECIAL))   # its last byte
     begins[last + 1] = byte[last] != ord(" ")
-    for _ in range(2):   # U+00A0, U+3000 and their like have two or three bytes: go back to the first
+    for _ in range(2):   # U+00A0, U+3000 and others have two or three bytes: go back to the first one
         last = last - (byte[last] & 0xC0 == 0x80)
     begins[last] = True
 
@@ -241,9 +241,10 @@ def pretokenise(text, special):
 # A text repeats its words: a megabyte of English has 220,000 words, of which 15,000 are distinct. Training counts these
 # and encoding looks them up. Making Python objects of all 220,000 first would take twice as long.
 
-# Which bytes of a word's two numbers (below) count, by its length; of a long word, none: (2, SHORT + 2).
-KEEP = np.array([[256 ** min(n, 8) - 1 for n in range(SHORT + 1)] + [0],
-                 [256 ** max(n - 8, 0) - 1 for n in range(SHORT + 1)] + [0]], np.uint64)
+# distinct_words takes a word as two numbers of eight bytes. These masks clear the bytes after a word of n bytes:
+# (2, SHORT + 2). The last column, for longer words, clears everything.
+MASKS = np.array([[256 ** min(n, 8) - 1 for n in range(SHORT + 1)] + [0],
+                  [256 ** max(n - 8, 0) - 1 for n in range(SHORT + 1)] + [0]], np.uint64)
 
 
 def distinct_words(text, special):
@@ -253,21 +254,21 @@ def distinct_words(text, special):
     >>> sorted(words), [words[i] for i in index]
     ([b' a', b' dog', b' or', b'a'], [b'a', b' dog', b' or', b' a', b' dog'])
 
-    A word may stand in the list more than once, which costs some time only: a long one does each time that it occurs.
+    A word may come more than once in the list, which costs only time. Long words come once for each occurrence.
     """
     places, lengths = pretokenise(text, special)
-    # A word as two numbers: 15 bytes, with zeros after its end, and its length. For a long word, where it stands.
-    eight = np.ndarray(len(text) + 9, "<u8", text + bytes(16), strides=(1,))   # the eight bytes from each place on
+    # A word as two numbers: its bytes, then zeros, and its length in the last byte. For a long word, its place.
+    eight = np.ndarray(len(text) + 9, "<u8", text + bytes(16), strides=(1,))   # eight[p] is text[p:p + 8] as a number
     size = np.minimum(lengths, SHORT + 1)
-    low, high = eight[places] & KEEP[0][size], eight[places + 8] & KEEP[1][size]
+    low, high = eight[places] & MASKS[0][size], eight[places + 8] & MASKS[1][size]
     high |= np.where(size > SHORT, places, size << 56).astype(np.uint64)
-    # Sort by a hash of both, so that equal words are neighbours. The lowest bits of the hash make room for the word's
-    # place in the text's order: sorting such numbers takes a fifth of the time of np.argsort.
+    # Sort by a hash of both, so that equal words become neighbours. The word's index replaces the lowest bits of the
+    # hash: then np.sort does the work of np.argsort in a fifth of the time.
     bits = len(places).bit_length()
     hashes = low * 0x9E3779B97F4A7C15 ^ high * 0xC2B2AE3D27D4EB4F
     keys = np.sort(hashes >> bits << bits | np.arange(len(places), dtype=np.uint64))
     order = (keys & (1 << bits) - 1).astype(np.intp)
-    # Compare neighbours exactly: words with the same hash may get mixed, and then more runs of one word result.
+    # Neighbours are compared exactly. If two words share a hash, their runs may mix: more runs, but no wrong one.
     first = changes(low[order]) | changes(high[order])
     index = np.empty_like(order)
     index[order] = np.cumsum(first) - 1
@@ -286,20 +287,21 @@ def utf8(text):
 
 
 def cut_pattern(specials):
-    """The compiled pattern of the places where UTF-8 may be cut without changing a token; it matches behind the cut.
+    """The compiled pattern of where UTF-8 may be cut without changing a token; it matches the character after the cut.
 
-    Inside a word, white space follows nothing but white space, and an ASCII letter or digit is followed by its own kind
-    only. So a cut may stand before white space after anything else, and before another ASCII sign after such a letter
-    or digit. A special token may hold such a place: no cut goes through what could be one.
+    Inside a word, white space only follows white space, and after an ASCII letter or digit only the same kind follows.
+    So a text may be cut before white space that follows anything else, and after an ASCII letter or digit before an
+    ASCII character of another kind. No cut goes through what could be a special token: "<|end|>" has such a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
     """
-    # The character comes first, because the engine skips to it quickly. What stands before it is checked afterwards.
-    # The last two lines are for white space beyond ASCII, which ends in a byte that \S takes for a letter.
+    # The character after the cut comes first, because the engine skips to it quickly. Then it is checked what stands
+    # before it. The last two lines: white space beyond ASCII ends in a byte that \S does not take for white space.
     place = (rb"[\s!-~](?:(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s])|(?<=\S\s)"
              rb"(?<!\xc2[\x85\xa0]\s)"
              rb"(?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s))")
+    # The places inside special tokens, such as (b"<|end|", b">"): what stands up to the character, and behind it.
     inside = {(token[:match.end()], token[match.end():]) for token in specials for match in re.finditer(place, token)}
     return re.compile(place + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail))
                                        for head, tail in sorted(inside)))
@@ -343,7 +345,7 @@ def read_utf8(path, start, stop):
 def start_worker(function):
     """Make `function` a worker's task: it may hold a whole tokenizer, and is sent once instead of with every task.
 
-    Ctrl-C is left to the parent. A worker whose parent is gone, killed perhaps, ends too.
+    Workers leave Ctrl-C to the parent, and end when the parent does, even if it was killed.
     """
     global task_of_worker
     task_of_worker = function
@@ -359,7 +361,7 @@ def run_task(task):
 
 @contextmanager
 def ctrl_c_held_back():
-    """Deliver Ctrl-C only after the block, so that it cannot hit a process that starts inside it half made."""
+    """Deliver Ctrl-C only after the block: it must not hit a process while that is being started."""
     if not hasattr(signal, "pthread_sigmask"):   # Windows
         yield
         return
@@ -377,7 +379,7 @@ def in_parallel(function, tasks, num_processes):
     Raises ChildProcessError if a worker dies.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_processes = min(num_processes or cores, len(tasks), 61)   # Windows cannot wait for more
+    num_processes = min(num_processes or cores, len(tasks), 61)   # Windows cannot wait for more processes
     if num_processes < 2:
         yield from map(function, tasks)
         return
@@ -397,7 +399,7 @@ SECONDS = {}   # how long each phase of the work took, for the report
 
 @contextmanager
 def phase(name, total):
-    """Time a phase of the work. Yields a function to call with what more is done, of `total`: a terminal shows it."""
+    """Time a phase of the work. Yields a function that adds to the work done, so that a terminal can show its share."""
     begin, done = time.perf_counter(), 0
     visible = __name__ == "__main__" and sys.stdout.isatty()
 
@@ -442,20 +444,20 @@ def count_words(path, specials, stop, num_processes):
     for part in in_blocks("counting words", partial(count_block, special, cut), path, cut, 0, stop, num_processes):
         counts.update(part)
     for token in specials:
-        del counts[token]
+        del counts[token]   # a Counter allows it for what it does not hold
     return counts
 
 
 class Segmentation:
     """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
 
-    first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; where none ends, it means
-    nothing. "low" and "lo" after the merge of o w:
+    first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; if none ends there, its
+    value means nothing. Both are -1 in a gap. "low" and "lo" after the merge of o w:
 
         cell      0    1    2    3    4    5    6    7
         word           l    o    w         l    o
         first    -1    l   ow   -1   -1    l    o   -1
-        last     -1    l    .   ow   -1    l    o   -1
+        last     -1    l    ?   ow   -1    l    o   -1
 
     The token at cell 2 has lengths[ow] = 2 bytes, so its right neighbour would begin at cell 4 (a gap: there is none),
     and its left neighbour ends at cell 1. So a merge needs no list of links, and many places can be merged at once.
@@ -475,13 +477,13 @@ class Segmentation:
     def pairs(self, places):
         """The tokens that begin at these places, each with its right neighbour: left << 32 | right, or -1 for none."""
         left = self.first[places].astype(np.int64)
-        return left << 32 | self.first[places + self.lengths[left]]   # left | -1 is -1
+        return left << 32 | self.first[places + self.lengths[left]]   # anything | -1 is -1
 
-    def tokens(self, dtype):
-        """The tokens of each word, a list of bytes objects."""
+    def ids_of_words(self, dtype):
+        """The token ids of each word, a list of bytes objects that hold numbers of this dtype."""
         there = self.first >= 0
         raw = self.first[there].astype(dtype).tobytes()
-        stops = (np.cumsum(there)[self.last < 0] * dtype.itemsize).tolist()   # how much of it stands before each gap
+        stops = (np.cumsum(there)[self.last < 0] * dtype.itemsize).tolist()   # the bytes of it before each gap
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def still_there(self, left, right, places):
@@ -492,7 +494,7 @@ class Segmentation:
     def merge(self, left, right, new, places):
         """Put the token `new` where the pair left, right begins; these three are numbers, or arrays like places.
 
-        The places must not overlap. There and at their left neighbours, whose places are returned, stand new pairs now.
+        The places must not overlap. Afterwards new pairs begin there, and at the left neighbours: returns these places.
         """
         ends = places + self.lengths[new]
         self.first[places + self.lengths[left]] = -1
@@ -503,7 +505,9 @@ class Segmentation:
         return places[inside] - self.lengths[before[inside]]
 
     def merge_all(self, left, right, new, places):
-        """Like merge, for places that may overlap: of x x x x, the pairs at 0 and 2 are merged. Returns all new pairs.
+        """Like merge, for places that may overlap: of x x x x, the pairs at 0 and 2 are merged.
+
+        Returns all places where new pairs begin.
         """
         if left == right:
             places, number = np.sort(places), np.arange(len(places))
@@ -511,7 +515,7 @@ class Segmentation:
             row = np.maximum.accumulate(np.where(starts, number, 0))       # the number at which its row starts
             places = places[(number - row) % 2 == 0]
         before = self.merge(left, right, new, places)
-        return np.concatenate((places, before[self.first[before] != new]))   # new new: told by the left one
+        return np.concatenate((places, before[self.first[before] != new]))   # without those in places
 
 
 def group_by_pair(pairs, places):
@@ -544,16 +548,16 @@ def learn_merges(counts, num_merges):
     - Count all pairs: a pair is counted when a merge makes it. After that its count can only fall.
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
       counted again; if it has lost places, it goes back with its true count.
-    - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, all pairs
-      are counted again with a lower floor. This makes 10,000 merges 1.7 times as fast.
+    - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, the floor
+      is divided by 8 and all pairs are counted again. This makes 10,000 merges 1.7 times as fast.
     - merge_pair in each word: one Segmentation.merge_all.
     """
     words, count = list(counts), np.fromiter(counts.values(), np.int64)
-    num_merges = min(num_merges, sum(map(len, words)))   # each merge takes a token away at least
+    num_merges = min(num_merges, sum(map(len, words)))   # each merge removes at least one token
     corpus = Segmentation(words, np.arange(256), np.ones(256 + num_merges, np.intp))
     word_of = np.cumsum(corpus.first < 0, dtype=np.int32) - 1
     vocab, merges, heap, floor = list(BYTES), [], [], 8 * max(counts.values(), default=0)
-    # Strings that sort in the opposite order of the tokens' bytes. The mark at their end puts "ab" before "a".
+    # For each token a string that sorts in the opposite order of its bytes. The mark at its end puts b"ab" before b"a".
     descending = [chr(255 - byte) + "\u0100" for byte in range(256)]
 
     def push(occurs, left, right, places):
@@ -564,7 +568,7 @@ def learn_merges(counts, num_merges):
         while len(merges) < num_merges and (heap or floor > 1):
             if not heap:
                 floor = max(1, floor // 8)
-                changed = corpus.begins()
+                places = corpus.begins()
             else:
                 bound, _, left, right, places = heapq.heappop(heap)
                 places = corpus.still_there(left, right, places)
@@ -577,9 +581,9 @@ def learn_merges(counts, num_merges):
                 vocab.append(vocab[left] + vocab[right])
                 descending.append(descending[left][:-1] + descending[right])
                 corpus.lengths[new] = len(vocab[new])
-                changed = corpus.merge_all(left, right, new, places)
+                places = corpus.merge_all(left, right, new, places)
                 advance(1)
-            for pair in frequent_pairs(corpus, count, word_of, changed, floor):
+            for pair in frequent_pairs(corpus, count, word_of, places, floor):
                 push(*pair)
     return merges
 
@@ -607,26 +611,30 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
 # ----------------------------------------------------------------------------------------- 7. encoding, decoding, files
 
 # GPT-2 writes a byte as one visible character: itself if it is one in Latin-1, else the next of U+0100, U+0101, ...
-# (a blank is U+0120).
+# (a space is U+0120).
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-CHARACTER = {**{byte: chr(byte) for byte in VISIBLE}, **{byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}}
+OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+CHARACTER = {**{byte: chr(byte) for byte in VISIBLE}, **{byte: chr(256 + i) for i, byte in enumerate(OTHERS)}}
 BYTE = {character: byte for byte, character in CHARACTER.items()}
 
 
-def shown(token):
-    """The visible form of a token's bytes: shown(b" the") is "\u0120the"."""
+def to_visible(token):
+    """The visible form of a token's bytes.
+
+    >>> to_visible(b" the") == "\u0120the" and from_visible("\u0120the") == b" the"
+    True
+    """
     return "".join(CHARACTER[byte] for byte in token)
 
 
-def hidden(text):
-    """The bytes of a token's visible form, the reverse of shown."""
+def from_visible(text):
+    """The bytes of a token from its visible form."""
     return bytes([BYTE[character] for character in text])
 
 
 def made_by(merges):
     """All tokens that are bytes or made by a merge, a set. Raises InputError if the merges are out of order."""
-    made, used = set(BYTES), set()
+    made, used = set(BYTES), set()   # used: tokens that a merge joins, and the merges themselves
     for left, right in merges:
         if not {left, right} <= made or {left + right, (left, right)} & used:
             raise InputError(f"the merge of {left!r} and {right!r} is out of order: its parts must be bytes or made "
@@ -663,7 +671,7 @@ class Tokenizer:
     def __init__(self, vocab, merges, special_tokens=None):
         self.vocab, self.merges = dict(vocab), list(merges)
         ids = {token: number for number, token in self.vocab.items()}
-        if wrong := {*range(len(self.vocab))} ^ {*ids.values()}:
+        if wrong := {*range(len(self.vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
             raise InputError(f"{len(self.vocab)} tokens must have the ids 0 to {len(self.vocab) - 1} and all differ: "
                              f"{min(wrong)} is missing, too large, or the id of a token that stands twice")
         self.ordinary = made_by(self.merges)
@@ -701,38 +709,38 @@ class Tokenizer:
         merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line]
         for parts in merges:
             if len(parts) != 2 or not BYTE.keys() >= {*"".join(parts)}:
-                raise InputError(f"{merges_filepath}: {' '.join(parts)!r} is not two tokens with a blank between them")
+                raise InputError(f"{merges_filepath}: {' '.join(parts)!r} is not two tokens with a space between them")
         made = {*BYTE, *map("".join, merges)}
         # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
-        vocab = {number: hidden(text) if text in made else utf8(text) for text, number in table.items()}
+        vocab = {number: from_visible(text) if text in made else utf8(text) for text, number in table.items()}
         specials = sorted(table.keys() - made, key=table.get) if every_special else []
         try:
-            return cls(vocab, [(hidden(left), hidden(right)) for left, right in merges],
+            return cls(vocab, [(from_visible(left), from_visible(right)) for left, right in merges],
                        [*(special_tokens or ()), *specials])
         except ValueError as error:
             raise InputError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
 
     @classmethod
     def from_folder(cls, folder):
-        """Load a folder's vocab.json and merges.txt, with every token special that is no byte and made by no merge."""
+        """Load a folder's vocab.json and merges.txt. All tokens that are not bytes or made by merges are special."""
         return cls.from_files(Path(folder) / "vocab.json", Path(folder) / "merges.txt", every_special=True)
 
-    def files(self):
+    def file_contents(self):
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
         table = {}
         for number, token in sorted(self.vocab.items()):
-            text = shown(token) if token in self.ordinary else token.decode()
+            text = to_visible(token) if token in self.ordinary else token.decode()
             if text in table:
                 raise InputError(f"the special token {text!r} is how vocab.json writes another: choose another")
             table[text] = number
-        lines = [f"{shown(left)} {shown(right)}\n" for left, right in self.merges]
+        lines = [f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges]
         return json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()
 
     def save(self, folder):
-        """Write vocab.json and merges.txt into a folder. A kill leaves the old two, the new two, or no vocab.json."""
+        """Write vocab.json and merges.txt into a folder: see replacing_together in section 8."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         with replacing_together(Path(folder) / "vocab.json", Path(folder) / "merges.txt") as temporaries:
-            for path, content in zip(temporaries, self.files()):
+            for path, content in zip(temporaries, self.file_contents()):
                 path.write_bytes(content)
 
     def rank(self, pairs):
@@ -745,7 +753,7 @@ class Tokenizer:
 
         In each round every word's pair of lowest rank is merged; of several such pairs, the leftmost. Rank and place
         stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s), 1 (es, t),
-        2 (l, o), 3 (lo, w); a point is a gap, and the rank of a pair stands below its left token:
+        2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
 
             cells      . l  o w . l  o w e r . n e w e  s t .
             rank         2        2                  0          lowest: 2, 2, 0
@@ -755,39 +763,39 @@ class Tokenizer:
 
         One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
         """
-        text = Segmentation(words, self.byte_ids, self.lengths)
-        gaps = np.flatnonzero(text.last < 0)
-        begins, ends, places = gaps[:-1] + 1, gaps[1:], text.begins()
-        key = np.full(len(text.first), NEVER << 32)   # of the pair that begins at a cell: rank << 32 | cell
-        key[places] = self.rank(text.pairs(places)) << 32 | places
+        corpus = Segmentation(words, self.byte_ids, self.lengths)
+        gaps = np.flatnonzero(corpus.last < 0)
+        begins, ends, places = gaps[:-1] + 1, gaps[1:], corpus.begins()
+        key = np.full(len(corpus.first), NEVER << 32)   # of the pair that begins at a cell: rank << 32 | cell
+        key[places] = self.rank(corpus.pairs(places)) << 32 | places
         while len(begins):
-            best = np.minimum.reduceat(key, np.stack((begins, ends), axis=1).ravel())[::2]   # [1::2]: from word to word
+            best = np.minimum.reduceat(key, np.stack((begins, ends), axis=1).ravel())[::2]   # not between words
             mergeable = best < NEVER << 32
             begins, ends, best = begins[mergeable], ends[mergeable], best[mergeable]
             places, (left, right, new) = best & 0xFFFFFFFF, self.triples[best >> 32].T
             key[places + self.lengths[left]] = NEVER << 32
-            changed = np.concatenate((places, text.merge(left, right, new, places)))
-            key[changed] = self.rank(text.pairs(changed)) << 32 | changed
-        return dict(zip(words, text.tokens(self.dtype)))
+            changed = np.concatenate((places, corpus.merge(left, right, new, places)))
+            key[changed] = self.rank(corpus.pairs(changed)) << 32 | changed
+        return dict(zip(words, corpus.ids_of_words(self.dtype)))
 
     def replay(self, words):
-        """plain_encode for words of many thousand bytes, like merge_words: one merge after the other, from the first.
+        """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
 
-        That is O(n log n), where a minimum for each pair is O(n^2); but it takes 10 ms even for a word of two letters.
+        This is O(n log n), where one minimum for each merge is O(n^2). But it takes 10 ms even for a short word.
         """
-        text, places_of = Segmentation(words, self.byte_ids, self.lengths), defaultdict(list)
+        corpus, places_of = Segmentation(words, self.byte_ids, self.lengths), defaultdict(list)
 
         def note(places):
-            pairs, starts, stops, places = group_by_pair(text.pairs(places), places)
+            pairs, starts, stops, places = group_by_pair(corpus.pairs(places), places)
             for pair, start, stop in zip(pairs.tolist(), starts, stops):
                 places_of[pair].append(places[start:stop])
 
-        note(text.begins())
+        note(corpus.begins())
         for pair, merge in zip(self.pairs.tolist(), self.triples.tolist()):
-            if pair in places_of:   # what it makes takes part in later merges only
-                places = text.still_there(*merge[:2], np.concatenate(places_of.pop(pair)))
-                note(text.merge_all(*merge, places))
-        return dict(zip(words, text.tokens(self.dtype)))
+            if pair in places_of:   # the pairs that it makes have higher ranks: see made_by
+                places = corpus.still_there(*merge[:2], np.concatenate(places_of.pop(pair)))
+                note(corpus.merge_all(*merge, places))
+        return dict(zip(words, corpus.ids_of_words(self.dtype)))
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype."""
@@ -805,7 +813,7 @@ class Tokenizer:
         raw = utf8(text)
         if len(raw) > 4096:
             return self.encode_bytes(raw).tolist()
-        # For a few words the pattern itself is faster than setting up arrays: 5 microseconds instead of 200.
+        # For a few words the pattern itself is faster than arrays: 5 microseconds instead of 200.
         return np.frombuffer(b"".join(self.encode_words(plain_words(raw, self.special))), self.dtype).tolist()
 
     def encode_bytes(self, text):
@@ -825,7 +833,7 @@ class Tokenizer:
         for item in iterable:
             text += utf8(item)
             if len(text) - tried > 8192:
-                end = len(text) - self.longest_special   # beyond, a special token may still come to lie across a cut
+                end = len(text) - self.longest_special   # after this, a special token may reach into the next item
                 stop = max((cut.start() for cut in self.cut.finditer(text, tried) if cut.start() <= end), default=0)
                 yield from self.encode_bytes(bytes(text[:stop])).tolist()
                 del text[:stop]
@@ -884,7 +892,7 @@ def flag_type(default):
     def read(text):
         try:
             value = {"True": True, "False": False}[text] if isinstance(default, bool) else type(default)(text)
-            if isinstance(value, str) or abs(value) < 2 ** 63:   # which is wrong for nan, too
+            if isinstance(value, str) or abs(value) < 2 ** 63:   # nan is not
                 return value
         except (KeyError, ValueError):
             pass
@@ -897,8 +905,8 @@ def configure(constants, arguments=None):
     """Override a script's module-level constants from its command line; return them all as a dict.
 
     constants: the script's globals(), changed in place. Its flags are the lines `name = value  # comment` at the top of
-    its source. `--name=value` or `--name value`, or --help. arguments: sys.argv[1:] where None. What is wrong ends
-    the script with a line on stderr and status 2.
+    its source. `--name=value` or `--name value`, or --help. arguments: sys.argv[1:] if None. A wrong flag ends the
+    script with a line on stderr and status 2.
     """
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([a-z]\w*) = .*?  # (.*)$", source, re.MULTILINE))
@@ -947,7 +955,7 @@ def one_line_errors():
 
 @contextmanager
 def replacing_together(*paths):
-    """Yield a list of temporary names, one beside each path. They take the paths' places when the block ends well.
+    """Yield a list of temporary names, one beside each path. They replace the paths when the block ends without error.
 
     Nobody sees half a file, and of several paths nobody sees new ones beside old ones: the first path is removed before
     any other is replaced, and put in place last. A kill in between leaves the files without the first one.
@@ -973,7 +981,7 @@ def replacing_together(*paths):
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary name beside `path`, which takes its place, whole, when the block ends well."""
+    """Yield a temporary name beside `path`, which replaces it when the block ends without error."""
     with replacing_together(path) as (temporary,):
         yield temporary
 
@@ -982,7 +990,7 @@ def replacing(path):
 def only_run_in(folder):
     """Make `folder`, and hold it for this process until the block ends. Raises BlockingIOError if another run holds it.
 
-    The lock is the operating system's, so it ends with its process, however that dies. The empty file .lock stays.
+    The operating system frees the lock when the process ends, for whatever reason. The empty file .lock stays.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as file:
@@ -1022,7 +1030,7 @@ def collect(files, path, end):
                     shutil.copyfileobj(document, corpus)
                 corpus.write(end)
             except FileNotFoundError:
-                print(f"note: {name} is gone since the files were listed, and left out", file=sys.stderr)
+                print(f"note: {name} was removed after the files were listed: left out", file=sys.stderr)
             advance(1)
 
 
@@ -1030,7 +1038,7 @@ def find_text(folder, end):
     """The file that --data names; or corpus.txt in `folder`, made of the files that match the pattern."""
     if os.path.isfile(data):
         return Path(data)
-    outputs = {(folder / name).resolve() for name in OUTPUTS}
+    outputs = {(folder / name).resolve() for name in (*OUTPUTS, "corpus.txt")}
     files = {Path(path) for path in (glob.glob(data, recursive=True) if data else standard_library())}
     own = {path for path in files if path.resolve() in outputs}
     files = {path for path in files - own if path.is_file()}
@@ -1055,7 +1063,7 @@ def start_of_held_out(path, specials):
                              "name a file with --val_data")
         tail = text[place.start():]
     ends = (match.end() for match in special_pattern(specials).finditer(tail) if match[0] in specials[:1])
-    return place.start() + next((end for end in ends if end < len(tail.rstrip())), 0)
+    return place.start() + next((end for end in ends if end < len(tail.rstrip())), 0)   # some text must follow
 
 
 def peak_memory():
@@ -1072,16 +1080,16 @@ def peak_memory():
 def check_flags():
     """Refuse flags that make no sense; return the special tokens."""
     require(data_dir, "--data_dir is empty: name a folder")
-    require(num_processes >= 0, f"--num_processes={num_processes}: wants 0, for one for each core, or more")
+    require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data and not os.path.isfile(val_data):
         raise FileNotFoundError(f"--val_data={val_data!r}: no file has this name")
     specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))
     for token in specials:
         require(len(utf8(token)) > 1 and (token.isascii() or not set(token) <= set(BYTE)),
                 f"--special_tokens: {token!r} reads like the bytes of an ordinary token in vocab.json: choose another")
-    require(vocab_size >= 256 + len(specials), f"--vocab_size={vocab_size}: wants {256 + len(specials)} at least, "
+    require(vocab_size >= 256 + len(specials), f"--vocab_size={vocab_size}: choose {256 + len(specials)} or more, "
                                                f"for 256 bytes and {len(specials)} special tokens")
-    for output in (Path(data_dir) / name for name in OUTPUTS[:4]):
+    for output in (Path(data_dir) / name for name in OUTPUTS):
         for path in data, val_data:
             require(not (os.path.isfile(path) and output.exists() and output.samefile(path)),
                     f"{path!r} is a file that this run would replace: choose another --data_dir")
@@ -1091,7 +1099,7 @@ def check_flags():
 def main():
     specials, folder, began = check_flags(), Path(data_dir), time.perf_counter()
     with only_run_in(folder):
-        for name in OUTPUTS:
+        for name in (*OUTPUTS, "corpus.txt"):
             (folder / f"{name}.tmp").unlink(missing_ok=True)   # by a killed run
         if tokenizer_dir:
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
@@ -1101,9 +1109,9 @@ def main():
         train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in specials])
         if not tokenizer_dir:
             tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
-        tables = dict(zip((folder / "vocab.json", folder / "merges.txt"), tokenizer.files()))
+        tables = dict(zip((folder / "vocab.json", folder / "merges.txt"), tokenizer.file_contents()))
         if all(path.exists() and path.read_bytes() == content for path, content in tables.items()):
-            tables = {}   # old ids and new ones mean the same
+            tables = {}   # the ids of the older run have the same meaning
         outputs = *tables, folder / "train.bin", folder / "val.bin"
         with replacing_together(*outputs) as (*tables_tmp, train_bin, val_bin):
             for path, content in zip(tables_tmp, tables.values()):

@@ -94,7 +94,7 @@ def test_the_examples_in_the_docstrings_of_bpe_py_are_true():
 def test_the_handouts_examples(tmp_path):
     words = {b"low": 5, b" lower": 2, b" widest": 3, b" newest": 6}
     assert [left + right for left, right in plain_train(words, 6)] == [b"st", b"est", b"ow", b"low", b"west", b"ne"]
-    assert plain_train({b"ab": 2, b"cd": 2}, 1) == [(b"c", b"d")]   # equally frequent: the lexicographically greater pair
+    assert plain_train({b"ab": 2, b"cd": 2}, 1) == [(b"c", b"d")]   # equally frequent: the greater pair
     vocab = dict(enumerate([*bpe.BYTES, b"th", b" c", b" a", b"the", b" at"]))
     merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
     assert Tokenizer(vocab, merges).encode("the cat ate") == [259, 257, ord("a"), ord("t"), 260, ord("e")]
@@ -272,7 +272,7 @@ def test_decoding_replaces_malformed_bytes(trained):
     # abcabc: does ab c come first, or abc ab?
     (lambda: Tokenizer({}, [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"abc", b"ab"), (b"ab", b"c")]),
      "b'ab' and b'c' is out of order"),
-    (lambda: Tokenizer(dict(enumerate([*bpe.BYTES, b" t"])), [(b" ", b"t")], ["\u0120t"]).files(), "choose another")])
+    (lambda: Tokenizer(dict(enumerate([*bpe.BYTES, b" t"])), [(b" ", b"t")], ["\u0120t"]).file_contents(), "choose another")])
 def test_what_would_be_ambiguous_or_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -301,7 +301,8 @@ TABLES = ("vocab.json", "merges.txt", "train.bin", "val.bin")
 def run_bpe(*words):
     """Run bpe.py with these flags, as its main program does, in this process; return the exit status."""
     saved = {name: value for name, value in vars(bpe).items() if name.islower()}
-    bpe.__file__, arguments, sys.argv = str(ROOT / "bpe.py"), sys.argv, ["bpe.py", "--num_processes=1", *map(str, words)]
+    bpe.__file__, arguments = str(ROOT / "bpe.py"), sys.argv
+    sys.argv = ["bpe.py", "--num_processes=1", *map(str, words)]
     try:
         with bpe.one_line_errors():
             bpe.configure(vars(bpe))
@@ -320,7 +321,7 @@ def texts_of(folder):
     return [tokenizer.decode(np.fromfile(folder / name, "<u2").tolist()) for name in ("train.bin", "val.bin")]
 
 
-def test_a_pattern_makes_one_document_of_each_file_in_an_order_that_is_shuffled_but_fixed(tmp_path, capsys, monkeypatch):
+def test_a_pattern_makes_a_document_of_each_file_in_an_order_that_is_shuffled_but_fixed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = [f"Note {i} is here.\n" for i in range(1000)]
     for i, text in enumerate(documents):
@@ -353,7 +354,7 @@ def test_files_that_vanish_cannot_be_read_or_are_not_utf8(tmp_path, capsys, monk
     monkeypatch.setattr(bpe, "open", failing(FileNotFoundError), raising=False)
     assert run_bpe(*words) == 0
     out, err = capsys.readouterr()
-    assert "2 malformed places" in out and err.count("\n") == 1 and "b.txt is gone" in err
+    assert "2 malformed places" in out and err.count("\n") == 1 and "b.txt was removed" in err
     before = (tmp_path / "data" / "corpus.txt").read_bytes()
     monkeypatch.setattr(bpe, "open", failing(PermissionError), raising=False)
     assert run_bpe(*words) == 1 and "b.txt" in capsys.readouterr().err
@@ -369,14 +370,15 @@ def test_the_default_corpus_is_the_standard_library_and_its_order_is_fixed(tmp_p
 
 def test_the_held_out_text_begins_after_a_document_and_never_inside_a_special_token(tmp_path, capsys):
     text = write(tmp_path / "text", "x" * 930 + "a b" * 20 + "<e>" + "y " * 20 + "<e>")
-    assert run_bpe(f"--data={text}", f"--data_dir={tmp_path / 'd'}", "--special_tokens=<e>,a b", "--vocab_size=260") == 0
+    words = f"--data={text}", f"--data_dir={tmp_path / 'd'}", "--vocab_size=260"
+    assert run_bpe(*words, "--special_tokens=<e>,a b") == 0
     training, validation = texts_of(tmp_path / "d")
     assert training.endswith("<e>") and validation == "y " * 20 + "<e>" and training + validation == text.read_text()
     assert "name a longer text with --val_data" in capsys.readouterr().err   # it has 41 ids
     write(text, "x" * 925 + "a b" * 40)   # no document ends near the mark, which falls into a special token
     for mark in range(3):
         write(text, "x" * (925 + mark) + "a b" * 30 + " y" * 9)
-        assert run_bpe(f"--data={text}", f"--data_dir={tmp_path / 'd'}", "--special_tokens=a b", "--vocab_size=260") == 0
+        assert run_bpe(*words, "--special_tokens=a b") == 0
         assert sum(text_of.count("a b") for text_of in texts_of(tmp_path / "d")) == 30
 
 
@@ -384,8 +386,8 @@ def test_the_held_out_text_begins_after_a_document_and_never_inside_a_special_to
 def test_a_kill_before_any_rename_or_removal_never_leaves_ids_beside_another_vocabulary(tmp_path, monkeypatch):
     texts = [("old words, told of old. " * 200), ("new text in new letters! " * 200)]
     for name, text in zip("ab", texts):
-        assert run_bpe(f"--data={write(tmp_path / name, text)}", f"--data_dir={tmp_path / (name * 2)}", "--vocab_size=270",
-                       "--special_tokens=") == 0
+        words = f"--data={write(tmp_path / name, text)}", "--vocab_size=270", "--special_tokens="
+        assert run_bpe(*words, f"--data_dir={tmp_path / (name * 2)}") == 0
     calls, states, alive = 0, set(), False
 
     def killing(real):
@@ -399,7 +401,7 @@ def test_a_kill_before_any_rename_or_removal_never_leaves_ids_beside_another_voc
         pid = os.fork()
         if not pid:
             calls, os.replace, Path.unlink = kill_at, killing(os.replace), killing(Path.unlink)
-            os._exit(run_bpe(f"--data={tmp_path / 'b'}", f"--data_dir={folder}", "--vocab_size=270", "--special_tokens="))
+            os._exit(run_bpe(*words, f"--data_dir={folder}"))
         alive = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         whole = (folder / "vocab.json").exists()
         if whole:
@@ -430,7 +432,7 @@ def test_only_the_exact_temporary_names_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("words, status, complaint", [
-    ("--vocab_size=256", 2, "--vocab_size=256: wants 257"), ("--vocab_size=1e3", 2, "a whole number"),
+    ("--vocab_size=256", 2, "--vocab_size=256: choose 257"), ("--vocab_size=1e3", 2, "a whole number"),
     ("--vocab_size=", 2, "a whole number"), ("--vocab_size=9223372036854775808", 2, "a whole number"),
     ("--num_processes=-1", 2, "--num_processes=-1"), ("--num_processes -1", 2, "--num_processes=-1"),
     ("--data_dir=", 2, "--data_dir"), ("--vocabsize=300", 2, "--vocabsize"), ("--vocab=300", 2, "--vocab"),
