@@ -1,19 +1,23 @@
 """
-Generate text with a model that train.py has trained, or measure how well the model predicts a given text.
+Generate text with a model that train.py has trained, measure how well it predicts a given text, or export it.
 
     $ python sample.py --prompt "hello"                  # the prompt and the model's continuation, token by token
     $ python sample.py --prompt @story.txt --top_p=0.9   # the prompt is the file's text; "-" is standard input
     $ python sample.py --num_samples=16 --seed=7         # sixteen texts as one batch, printed when all are done
     $ python sample.py --score=@story.txt                # no generation: bits per token and byte, perplexity
+    $ python sample.py --export=llama                    # a folder that Hugging Face's tools open as a Llama
 
-Needs a run folder of train.py (ckpt.pt, vocab.json and merges.txt) and nothing else. Text goes to standard output,
-notes to standard error. The same seed gives the same text on the same machine.
+Needs a run folder of train.py and nothing else. Uses the weights with the lowest validation loss (best.pt), or the
+last ones (ckpt.pt). Text goes to standard output, notes to standard error. The same seed gives the same text on the
+same machine.
 """
 import codecs
 import copy
+import json
 import math
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,92 +27,79 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from bpe import Tokenizer, configure, one_line_errors, require
-from model import Linear, TransformerLM, softmax
-from train import read_checkpoint
+from bpe import configure, one_line_errors, replacing, require
+from model import Linear, softmax
+from train import choose_device, load_run
 
 out_dir = "out"        # run folder that train.py wrote
 prompt = ""            # text to continue; "-": standard input, "@file": a file's text; empty: start a new document
 num_samples = 1        # texts to generate, all as one batch
-max_new_tokens = 256   # tokens per text, unless <|endoftext|> comes first
+max_new_tokens = 256   # tokens per text, unless the document ends first
 temperature = 0.8      # divides the logits: below 1 safer, above 1 wilder; 0: always the likeliest token
 top_k = 50             # choose among this many likeliest tokens; 0: among all
 top_p = 0.95           # choose among the fewest likeliest tokens whose probabilities reach this sum; 1: among all
 seed = 0               # of the random choices
 score = ""             # text to score instead of generating, given like the prompt
+export = ""            # folder to make in Hugging Face's layout, instead of generating
 device = ""            # cpu, cuda or mps; empty: the fastest at hand
 
 
 # ----------------------------------------------------------------------------------------------------- choosing a token
 
-def check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples):
-    """Raise UsageError, which is a ValueError, for a value out of range."""
-    require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, but must be at least 1")
-    require(0 <= temperature < math.inf,
-            f"temperature is {temperature}, but must be 0 (always the likeliest token) or more, and finite")
-    require(top_k >= 0, f"top_k is {top_k}, but must be 0 (all tokens) or more")
-    require(0 < top_p <= 1, f"top_p is {top_p}, but must be above 0 and at most 1 (all tokens)")
-    require(num_samples >= 1, f"num_samples is {num_samples}, but must be at least 1")
-
-
 def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The next token's probabilities and the ids that they belong to, two tensors (..., n); logits (..., V).
 
-    Kept are the top_k largest logits (all, if 0), divided by temperature; of these the smallest set whose
-    probabilities reach top_p (nucleus sampling, Holtzman et al. 2019, eq. 2) shares the whole, and the others have 0.
-    Temperature 0 keeps the likeliest alone.
+    The top_k largest logits stay (all, if 0) and are divided by temperature. Of these, the smallest set whose
+    probabilities reach top_p stays (nucleus sampling, Holtzman et al. 2019, eq. 2), rescaled to the sum 1.
+    The others get 0. Temperature 0 keeps the likeliest token alone.
     """
     if temperature == 0:
         temperature, top_k = 1.0, 1
-    if 0 < top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k)   # in falling order, many times faster than sorting the whole vocabulary
-    elif top_p < 1:
-        logits, ids = logits.sort(descending=True)
-    else:
-        ids = torch.arange(logits.size(-1), device=logits.device).expand(logits.shape)
+    vocab_size = logits.size(-1)
+    logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))   # in falling order
     # float64, so that the sums meet top_p where they should; MPS has none
     wide = logits if logits.device.type == "mps" else logits.double()
-    # The maximum goes before the division: a tiny temperature would make inf - inf of it.
-    probabilities = softmax((wide - wide.amax(-1, keepdim=True)) / temperature, -1)
+    # The maximum is subtracted before the division, because a tiny temperature would give inf - inf after it.
+    probabilities = softmax((wide - wide[..., :1]) / temperature, -1)
     if top_p < 1:
-        likelier = probabilities.cumsum(-1).roll(1, -1)   # the sum over all tokens before this one
-        likelier[..., 0] = 0                              # none for the first, which always stays
+        likelier = probabilities.cumsum(-1) - probabilities   # the sum over all tokens before this one
         probabilities = probabilities * (likelier < top_p)
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------------------------------- generating
 
 class StreamedLinear(nn.Module):
-    """A Linear for few vectors at a time, where the time goes into reading the weights;
+    """x @ weight.T for a few vectors x, where the time goes into reading the weights;
     x (..., in_features) -> (..., out_features).
 
-    The product of a matrix and one vector runs on one core (in the BLAS that torch brings), at a third of the memory's
-    speed. Cut into blocks of outputs, each stored transposed, it is several products side by side: all cores read,
-    two of them at 85 % of that speed.
+    torch computes the product of a matrix and one vector on one core, at a third of the memory's speed. Here the
+    matrix is cut into blocks of outputs, each stored transposed, so that all cores read: two cores at 85 % of the
+    memory's speed.
     """
 
     def __init__(self, weight):
         super().__init__()
         # of equal size, up to two a core; a V such as 50,257 stays one block
-        blocks = math.gcd(weight.size(0), 2 * torch.get_num_threads())
-        self.weight = (weight.detach().unflatten(0, (blocks, -1))
-                       .transpose(1, 2).contiguous())   # (blocks, in_features, out_features / blocks)
+        blocks = math.gcd(len(weight), 2 * torch.get_num_threads())
+        # (blocks, in_features, out_features / blocks)
+        self.weight = weight.detach().unflatten(0, (blocks, -1)).mT.contiguous()
 
     def forward(self, x):
-        y = torch.bmm(x.reshape(1, -1, x.size(-1)).expand(self.weight.size(0), -1, -1),
-                      self.weight)   # (blocks, vectors, out_features / blocks)
+        y = x.reshape(-1, x.size(-1)) @ self.weight   # (blocks, vectors, out_features / blocks)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def streamed(model):
-    """A copy of the model with a StreamedLinear, which holds weights of its own, for each Linear;
-    all other weights are shared.
+def streamed(module):
+    """A copy of a module in which each Linear is a StreamedLinear, with weights of its own.
+    All other weights are shared with the original, which stays as it was.
     """
-    leaves = [module for module in model.modules() if not [*module.children()]]
-    # deepcopy takes from its second argument what stands there under an object's id, and copies the rest.
-    return copy.deepcopy(model, {id(leaf): StreamedLinear(leaf.weight) if isinstance(leaf, Linear) else leaf
-                                 for leaf in leaves})
+    if isinstance(module, Linear):
+        return StreamedLinear(module.weight)
+    twin = copy.copy(module)
+    # nn.Module keeps its submodules in this dict; one that is left out, such as SwiGLU's w3, is None there.
+    twin._modules = {name: child and streamed(child) for name, child in module._modules.items()}
+    return twin
 
 
 @torch.inference_mode()
@@ -116,26 +107,30 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
     """Yield the ids that continue prompt_ids, one at a time:
     an int, or a list of num_samples ints where that is more than 1.
 
-    Ends after max_new_tokens, or before that at end_id, which is not yielded; of several samples, one that has ended
-    goes on as end_id until all have. temperature, top_k and top_p: see candidates. An empty prompt starts from end_id;
-    of one longer than the context, the end counts. When the context is full, the older half is dropped and the rest
-    read anew: dropping one token at a time would read all anew for each.
+    Ends after max_new_tokens, or before that at end_id, which is not yielded. Of several samples, one that has ended
+    goes on as end_id until all have. For temperature, top_k and top_p see candidates. An empty prompt starts from
+    end_id. Of a prompt longer than the context, the end counts. When the context is full, the older half is dropped
+    and the rest read again, since dropping one token at a time would read all again for each token.
     Random choices come from torch's global generator.
     Raises ValueError, when the first id is asked for, if a value is out of range. Handout, section 6.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)
+    require(min(max_new_tokens, num_samples) >= 1,
+            f"max_new_tokens is {max_new_tokens} and num_samples {num_samples}, but each must be at least 1")
+    require(0 <= temperature < math.inf,
+            f"temperature is {temperature}, but must be 0 (always the likeliest token) or more, and finite")
+    require(top_k >= 0, f"top_k is {top_k}, but must be 0 (all tokens) or more")
+    require(0 < top_p <= 1, f"top_p is {top_p}, but must be above 0 and at most 1 (all tokens)")
     window = [*prompt_ids][-model.context_length:] or [end_id]   # what the model sees
-    if window == [None]:
-        raise ValueError("an empty prompt starts from the end-of-text token: give its end_id, or a prompt")
-    vocab_size, place = model.token_embeddings.weight.size(0), model.token_embeddings.weight.device
-    if not 0 <= min(window) <= max(window) < vocab_size:
-        raise ValueError(f"the prompt has token ids from {min(window)} to {max(window)}, "
-                         f"but the model's go from 0 to {vocab_size - 1}")
-    if place.type == "cpu":
+    require(window != [None], "an empty prompt starts from the end-of-document token: give its end_id, or a prompt")
+    weight = model.token_embeddings.weight   # (V, D)
+    require(0 <= min(window) <= max(window) < len(weight),
+            f"the prompt has token ids from {min(window)} to {max(window)}, "
+            f"but the model's go from 0 to {len(weight) - 1}")
+    if weight.is_cpu:
         model = streamed(model)
-    window = torch.tensor(window, device=place).expand(num_samples, -1)   # (num_samples, T)
+    window = torch.tensor(window, device=weight.device).expand(num_samples, -1)   # (num_samples, T)
     new, cache = window, model.new_cache(num_samples)
-    ended = torch.zeros(num_samples, dtype=torch.bool, device=place)
+    ended = torch.zeros(num_samples, dtype=torch.bool, device=weight.device)
     for _ in range(max_new_tokens):
         probabilities, ids = candidates(model(new, cache)[:, -1], temperature, top_k, top_p)
         new = ids.gather(-1, torch.multinomial(probabilities, 1))         # (num_samples, 1)
@@ -157,7 +152,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
 def surprise(model, ids):
     """Yield -log p(token | those before it), in nats, for each of ids[1:]; ids: two or more.
 
-    What came before is seen as generate sees it.
+    Each token sees what it would see in generate.
     """
     context, place = model.context_length, model.token_embeddings.weight.device
     half = (context + 1) // 2
@@ -165,7 +160,7 @@ def surprise(model, ids):
         window = torch.tensor(ids[start:start + context + 1], device=place)
         logits = model(window[None, :-1])[0].float()                             # (T, V)
         nats = logits.logsumexp(-1) - logits.gather(-1, window[1:, None])[:, 0]  # (T)
-        yield from nats[context - half if start else 0:].tolist()                # the window before has had the others
+        yield from nats[context - half if start else 0:].tolist()                # the others came with the last window
 
 
 def score_text(model, tokenizer, text, end_id):
@@ -173,13 +168,13 @@ def score_text(model, tokenizer, text, end_id):
     # the first token of a document follows the end of another
     ids = ([] if end_id is None else [end_id]) + tokenizer.encode(text)
     require(len(ids) > 1, "--score: the text is too short, no token in it follows another")
+    tokens, size = len(ids) - 1, sum(len(tokenizer.vocab[number]) for number in ids[1:])
     total, shown = 0.0, time.monotonic()
     for done, loss in enumerate(surprise(model, ids), 1):
         total += loss
         if sys.stderr.isatty() and time.monotonic() > shown + 1:
             shown = time.monotonic()
-            print(f"\r{done / (len(ids) - 1):4.0%} scored", end="\r", file=sys.stderr, flush=True)
-    tokens, size = len(ids) - 1, sum(len(tokenizer.vocab[number]) for number in ids[1:])
+            print(f"\r{done / tokens:4.0%} scored", end="\r", file=sys.stderr, flush=True)
     nats = total / tokens
     perplexity = math.exp(nats) if nats < 700 else math.inf
     return (f"{nats:.4f} nats per token, {nats / math.log(2):.4f} bits per token, "
@@ -187,27 +182,79 @@ def score_text(model, tokenizer, text, end_id):
             f"perplexity {perplexity:.2f} ({tokens:,} tokens, {size:,} bytes)")
 
 
-# ---------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------------------------------ exporting
 
-def load_run(folder, device):
-    """The model and the tokenizer of a run folder.
+# what Hugging Face's Llama calls our parameters
+LLAMA = {"token_embeddings": "model.embed_tokens", "layers.": "model.layers.", "ln_final": "model.norm",
+         "ln1": "input_layernorm", "ln2": "post_attention_layernorm", "attn.": "self_attn.", "output_proj": "o_proj",
+         "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
 
-    Raises ValueError if its files are damaged or do not belong together.
+
+def write_llama(model, num_heads, path):
+    """Write the model's parameters in the safetensors format, in float32, as Hugging Face's Llama has them.
+
+    The file: the length of the header (8 bytes, little-endian), the header in JSON with each tensor's type, shape and
+    place, and the tensors' bytes one after the other.
     """
-    tokenizer, saved = Tokenizer.from_folder(folder), read_checkpoint(Path(folder) / "ckpt.pt")
-    try:
-        config, vocab_size = saved["config"], saved["model"]["token_embeddings.weight"].size(0)
-        settings = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_theta",
-                    "post_norm", "rms_norm", "rope", "swiglu", "tie_embeddings")
-        model = TransformerLM(vocab_size, **{name: config[name] for name in settings})
-        model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder}/ckpt.pt holds no model that belongs to its settings: {error}") from None
-    if vocab_size != len(tokenizer.vocab):
-        raise ValueError(f"{folder}: vocab.json has {len(tokenizer.vocab)} tokens, "
-                         f"but the model in ckpt.pt has {vocab_size}")
-    return model.to(device), tokenizer
+    header, arrays, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, weight in model.named_parameters():   # tied embeddings come once, as token_embeddings
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # Our RoPE turns the pairs (2k, 2k + 1), Llama's the pairs (k, k + d_k / 2): of each head's d_k rows,
+            # the even ones go first, then the odd ones. The scores q . k stay the same.
+            weight = weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        for ours, theirs in LLAMA.items():
+            name = name.replace(ours, theirs)
+        start, end = end, end + 4 * weight.numel()
+        header[name] = {"dtype": "F32", "shape": [*weight.shape], "data_offsets": [start, end]}
+        arrays.append(weight.detach().numpy().astype("<f4"))
+    text = json.dumps(header)
+    text += " " * (-len(text) % 8)   # so that the tensors begin at a multiple of 8
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.writelines([len(text).to_bytes(8, "little"), text.encode(), *arrays])
 
+
+def llama_settings(model, tokenizer, config):
+    """The settings that transformers needs beside the weights and the vocabulary, {file name: dict}."""
+    specials = {number: token for token, number in tokenizer.special_tokens.items()}
+    end_id = min(specials, default=None)
+    llama = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", vocab_size=len(tokenizer.vocab),
+        max_position_embeddings=config["context_length"], num_hidden_layers=config["num_layers"],
+        hidden_size=config["d_model"], intermediate_size=len(model.layers[0].ffn.w1.weight),
+        num_attention_heads=config["num_heads"], rope_theta=config["rope_theta"], rms_norm_eps=model.ln_final.eps,
+        tie_word_embeddings=config["tie_embeddings"], bos_token_id=end_id, eos_token_id=end_id)
+    # Without special tokens these three must be null, or transformers adds its own <|endoftext|> beyond the vocabulary.
+    ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), specials.get(end_id))
+    gpt2 = dict(
+        ends, tokenizer_class="GPT2Tokenizer", add_prefix_space=False,
+        added_tokens_decoder={number: {"content": token, "special": True} for number, token in specials.items()})
+    return {"config.json": llama, "tokenizer_config.json": gpt2}
+
+
+def export_run(model, tokenizer, config, folder):
+    """Write a run as a folder that transformers opens with AutoModelForCausalLM and AutoTokenizer: as a Llama, which
+    has the same architecture. The folder appears whole or not at all.
+
+    Raises UsageError for a model that is no Llama, and for a folder that holds something already.
+    """
+    for name, wanted in dict(post_norm=False, rms_norm=True, rope=True, swiglu=True).items():
+        require(config[name] == wanted, f"--export: this run has {name}={config[name]}, which a Llama cannot have")
+    folder = Path(folder)
+    require(not folder.exists() or not any(folder.iterdir()), f"--export={folder}: is not empty; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as temporary:
+        whole = Path(temporary) / folder.name
+        tokenizer.save(whole)
+        write_llama(model, config["num_heads"], whole / "model.safetensors")
+        for name, settings in llama_settings(model, tokenizer, config).items():
+            with replacing(whole / name) as file:
+                file.write_text(json.dumps(settings, indent=1))
+        if folder.exists():
+            folder.rmdir()   # it is empty
+        whole.rename(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------- the program
 
 def read_text(given):
     """The text that a flag names: standard input for "-", a file's for "@file", else the flag's own.
@@ -219,31 +266,35 @@ def read_text(given):
     return Path(given[1:]).read_bytes().decode(errors="replace") if given.startswith("@") else given
 
 
-def print_streamed(tokens, tokenizer):
-    """Print token ids as text while they come, and return their number.
+def print_streamed(tokens, tokenizer, text=""):
+    """Print `text`, then token ids as text while they come, and return their number.
 
     A character whose bytes are not all there yet waits for the rest.
     """
     decoder, count = codecs.getincrementaldecoder("utf-8")("replace"), 0
     for count, number in enumerate(tokens, 1):
-        print(decoder.decode(tokenizer.vocab[number]), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        print(text + decoder.decode(tokenizer.vocab[number]), end="", flush=True)
+        text = ""   # it goes out with the first token, and not at all if generate refuses its arguments
+    print(text + decoder.decode(b"", final=True))
     return count
 
 
 def main():
     configure(globals())
-    check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)
-    require(device.split(":")[0] in ("", "cpu", "cuda", "mps"),
-            f"--device={device}: choose cpu, cuda or mps, or leave it empty")
-    place = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    model, tokenizer = load_run(out_dir, place)
-    end_id = tokenizer.special_tokens.get("<|endoftext|>")
+    place = choose_device(device)
+    model, tokenizer, config = load_run(out_dir)
+    if export:
+        export_run(model, tokenizer, config, export)
+        return print(f"{export}: a Llama of Hugging Face's transformers, with its tokenizer")
+    model.to(place)
+    end_id = min(tokenizer.special_tokens.values(), default=None)   # ends a document
     if score:
         return print(score_text(model, tokenizer, read_text(score), end_id))
 
     text = read_text(prompt)
     prompt_ids = tokenizer.encode(text)
+    require(prompt_ids or end_id is not None,
+            "--prompt: an empty one starts a new document, but this run's tokenizer has no special token to start from")
     if len(prompt_ids) > model.context_length:
         print(f"note: the prompt has {len(prompt_ids):,} tokens; the model sees the last {model.context_length:,}",
               file=sys.stderr)
@@ -251,8 +302,7 @@ def main():
     begin = time.perf_counter()
     tokens = generate(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, end_id, num_samples)
     if num_samples == 1:
-        print(text, end="", flush=True)
-        count = print_streamed(tokens, tokenizer)
+        count = print_streamed(tokens, tokenizer, text)
     else:
         samples = [[number for number in sample if number != end_id] for sample in zip(*tokens)] or [[]] * num_samples
         count = sum(map(len, samples))
