@@ -29,11 +29,11 @@ import json
 import math
 import shutil
 import signal
+import socket
 import sys
 import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -477,22 +477,21 @@ def shard_model(model, kind):
 @contextmanager
 def one_voice():
     """Let one process alone report an error: rank 0, or else the first that fails. The others end silently."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
     try:
         yield
     except (Exception, KeyboardInterrupt):
-        if processes == 1:
-            raise
-        time.sleep(rank > 0)   # rank 0 comes first
-        try:
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                                  timeout=timedelta(seconds=3))
-            first = store.add("failed", 1) == 1
-        except (RuntimeError, ValueError, KeyError):   # rank 0 may hold the store: not yet, or no longer
-            first = rank == 0
-        if first:
-            raise
-        os._exit(1)
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
+        if processes > 1:
+            time.sleep(rank > 0)   # rank 0 comes first
+            try:
+                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                socket.create_connection(address, 1).close()   # TCPStore is noisy where nobody listens
+                first = dist.TCPStore(*address, is_master=False).add("failed", 1) == 1
+            except (OSError, RuntimeError, ValueError, KeyError):   # rank 0 held the store, and is gone
+                first = rank == 0
+            if not first:
+                os._exit(1)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------ log and picture
@@ -500,7 +499,8 @@ def one_voice():
 def write_text(path, text):
     """Write a text file, whole or not at all, with the same line ends on every platform."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        # "replace", because the name of a folder may hold bytes that are no text
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def read_log(path):
@@ -536,39 +536,33 @@ def round_ticks(low, high):
 
 def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: read_log of it}."""
-    # Without the worst tenth, the plunge of the first steps, and never beyond the first loss, a blind guess: a run that
-    # diverges leaves the picture.
+    # Down to the best loss; up to nine tenths of all losses, so that the plunge of the first steps does not flatten the
+    # rest, and never beyond the first loss, a blind guess: a run that diverges leaves through the top.
     losses = np.concatenate([log[kind] for log in logs.values() for kind in ("train_loss", "val_loss")])
-    low, high = np.nanmin(losses) - 0.05, min(np.nanquantile(losses, 0.9), max(log["train_loss"][0] for log in logs.values())) + 0.05
-    width, height, top, body = 440, 330, 70 + 18 * math.ceil(len(logs) / 4), []
-
-    def text(x, y, words, more='text-anchor="middle"'):
-        body.append(f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(words)}</text>')
-
+    high = min(np.nanquantile(losses, 0.9), max(log["train_loss"][0] for log in logs.values())) + 0.05
+    low, top = np.nanmin(losses) - 0.05, 60 + 18 * len(logs)
+    svg = ['<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
+    for i, (name, colour) in enumerate(zip(logs, itertools.cycle(COLOURS))):
+        svg.append(f'<text x="70" y="{52 + 18 * i}" fill="{colour}">{html.escape(name)}</text>')
     for left, axis, label in ((70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds")):
         end = max(log[axis][-1] for log in logs.values()) or 1
-        across, down = lambda value: width / end * value, lambda value: height * (high - value) / (high - low)
-        # an inner <svg> clips what lies outside it
-        body.append(f'<svg x="{left}" y="{top}" width="{width}" height="{height}" stroke="#ddd" fill="none">')
-        body += [f'<path d="M{across(tick):.1f} 0v{height}"/>' for tick in round_ticks(0, end)]
-        body += [f'<path d="M0 {down(tick):.1f}h{width}"/>' for tick in round_ticks(low, high)]
+        svg.append(f'<text x="{left + 220}" y="{top + 374}" text-anchor="middle">{label}</text>')
+        for tick in round_ticks(0, end):
+            x = left + 440 * tick / end
+            svg.append(f'<path d="M{x:.1f} {top}v330"/><text x="{x:.1f}" y="{top + 350}" text-anchor="middle">{tick:,.10g}</text>')
+        for tick in round_ticks(low, high):
+            y = top + 330 * (high - tick) / (high - low)
+            svg.append(f'<path d="M{left} {y:.1f}h440"/><text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.10g}</text>')
+        svg.append(f'<svg x="{left}" y="{top}" width="440" height="330">')   # clips what lies outside
         for log, colour in zip(logs.values(), itertools.cycle(COLOURS)):
             for kind, style in (("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"')):
-                shown = np.flatnonzero(np.isfinite(log[kind]))[::len(log[kind]) // 4000 + 1]
-                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across(log[axis][shown]), down(log[kind][shown])))
-                body.append(f'<polyline points="{points}" stroke="{colour}" {style}/>')
-        body.append(f'<rect width="{width}" height="{height}" stroke="#888"/></svg>')
-        for tick in round_ticks(0, end):
-            text(left + across(tick), top + height + 20, f"{tick:,.10g}")
-        for tick in round_ticks(low, high):
-            text(left - 8, top + down(tick) + 4, f"{tick:.10g}", 'text-anchor="end"')
-        text(left + width / 2, top + height + 44, label)
-    text(70, 30, "Loss, nats a token: training (thin), validation (thick)", 'font-size="16"')
-    for i, (name, colour) in enumerate(zip(logs, itertools.cycle(COLOURS))):
-        text(70 + 240 * (i % 4), 58 + 18 * (i // 4), name[-30:], f'fill="{colour}"')
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + height + 60}" font-family="sans-serif"'
-    svg += ' font-size="12"><rect width="100%" height="100%" fill="white"/>' + "\n".join(body) + "</svg>\n"
-    write_text(path, svg.encode("utf-8", "replace").decode())   # the name of a folder may be no text
+                points = " ".join(f"{440 * x / end:.1f},{330 * (high - y) / (high - low):.1f}"
+                                  for x, y in zip(log[axis], log[kind]) if y == y)   # not where it is NaN
+                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
+        svg.append("</svg>")
+    write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + 390}" font-family="sans-serif" '
+                     'font-size="12"><style>path {stroke: #ddd}</style>'
+                     '<rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n")
 
 
 def bits_per_byte(loss, bytes_per_token):
@@ -576,23 +570,28 @@ def bits_per_byte(loss, bytes_per_token):
     return loss / math.log(2) / bytes_per_token
 
 
+def named_folders(patterns):
+    """The run folders that some names or glob patterns, separated by commas, stand for."""
+    folders = []
+    for pattern in patterns.split(","):
+        found = [pattern] if Path(pattern).is_dir() else sorted(map(os.path.dirname, glob.glob(f"{pattern}/log.csv")))
+        require(pattern and found, f"--compare={patterns}: {pattern!r} is no run folder, and no pattern that matches one")
+        folders += found
+    return folders
+
+
 def compare_runs():
     """Draw the runs that --compare names into out_dir/compare.svg, and print their last and best losses beside the
     constants in which they differ.
     """
-    folders = []
-    for pattern in compare.split(","):
-        found = [pattern] if Path(pattern).is_dir() else sorted(map(os.path.dirname, glob.glob(f"{pattern}/log.csv")))
-        require(pattern and found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
-        folders += found
-    logs = {folder: read_log(Path(folder) / "log.csv") for folder in folders}
+    logs = {folder: read_log(Path(folder) / "log.csv") for folder in named_folders(compare)}
     configs = [read_config(Path(folder) / "config.json") for folder in logs]
     differing = [name for name in configs[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
                  and len({str(config.get(name)) for config in configs}) > 1]
     table = [["run", *differing, "step", "tokens", "seconds", "train loss",
               "val loss", "bits/byte", "best val", "bits/byte"]]
     for (folder, log), config in zip(logs.items(), configs):
-        if not len(log["step"]):
+        if not log["step"].size:
             raise ValueError(f"{folder}/log.csv has no rows yet")
         validations = log["val_loss"][np.isfinite(log["val_loss"])].tolist() or [math.nan]
         table.append([folder, *(str(config.get(name)) for name in differing),
@@ -601,7 +600,7 @@ def compare_runs():
             table[-1] += [f"{loss:.4f}", f"{bits_per_byte(loss, config.get('val_bytes_per_token', math.nan)):.4f}"]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     draw_curves(logs, Path(out_dir) / "compare.svg")
     print(f"{Path(out_dir) / 'compare.svg'} shows the curves")
@@ -612,48 +611,39 @@ def compare_runs():
 
 # ---------------------------------------------------------------------------------------------------------------- a run
 
-def given():
-    """The names of the flags on the command line."""
-    return {word[2:].partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-
-
-def adopt(saved, names, source):
-    """Take over these constants of another run where no flag gives them.
-
-    Raises UsageError for a flag that contradicts one which may not change, and for a value of another type.
+def adopt(saved, names, source, free=MAY_CHANGE):
+    """Take over these constants of another run, as if they stood on the command line, where no flag gives them.
+    Raises UsageError for a flag that contradicts one, unless it is free to change.
     """
-    here, flags = globals(), given()
-    for name in names:
-        there = saved.get(name, here[name])
-        require(type(there) is type(here[name]), f"{source}: {name} is {there!r} there, but should be like {here[name]!r}")
-        require(there == here[name] or name in MAY_CHANGE or name not in flags, f"{source}: {name} is {there!r} there "
-                f"and {here[name]!r} here; leave the flag out, or name another folder")
-        if name not in flags:
-            here[name] = there
+    flags = {word[2:].partition("=")[0] for word in sys.argv[1:]}
+    sys.argv[1:1] = [f"--{name}={saved[name]}" for name in names if name in saved and name not in flags]
+    config = configure(globals())
+    for name in set(names) & saved.keys() - set(free):
+        require(config[name] == saved[name], f"{source}: {name} is {saved[name]!r} there and {config[name]!r} here; "
+                                             "leave the flag out, or name another folder")
+    return config
 
 
-def adopt_run(config):
-    """The checkpoint to resume ({}: none) and the run of --init_from as load_run gives it (None: none);
-    their constants become ours.
+def adopt_runs(config):
+    """Take over the constants of the run to resume, or of --init_from's.
+
+    Returns our constants; the checkpoint to resume ({}: none); and the run of --init_from, as load_run gives it, where
+    its weights are wanted (else None).
     """
-    out, saved, parent, known = Path(out_dir), {}, None, {}
+    out, saved, parent = Path(out_dir), {}, None
     if resume and (out / "ckpt.pt").exists():
         saved = read_checkpoint(out / "ckpt.pt")
-        require("run" in saved,
-                f"--resume=True: {out / 'ckpt.pt'} holds weights, but no run to continue")
-        known = saved["config"]
-    if resume and (out / "config.json").exists():
-        known = read_config(out / "config.json")
-    own = "out_dir", "resume", "compare"
-    adopt(known, [name for name in known if name in config and name not in own], f"--resume=True: {out_dir}")
-    for name in ("steps", "max_minutes"):
-        if saved and known[name] != globals()[name]:
-            print(f"{name} was {known[name]:,} and is {globals()[name]:,} now: the learning rate follows the new schedule")
+        require("run" in saved, f"--resume=True: {out / 'ckpt.pt'} holds weights, but no run to continue")
+    if resume and (saved or (out / "config.json").exists()):
+        known = read_config(out / "config.json") if (out / "config.json").exists() else saved["config"]
+        names = [name for name in known if name in config and name not in ("out_dir", "resume", "compare")]
+        config = adopt(known, names, f"--resume=True: {out_dir}")
+        if (steps, max_minutes) != (known.get("steps"), known.get("max_minutes")):
+            print("the budget is another than before, so the learning rate follows a new schedule")
     if init_from and not saved:
         parent = load_run(init_from)
-        free = given() & {"context_length"}   # nothing in the weights depends on it
-        adopt(parent[2], [name for name in SHAPE if name not in free], f"--init_from={init_from}")
-    return saved, parent
+        config = adopt(parent[2], SHAPE, f"--init_from={init_from}", ["context_length"])   # no weight depends on it
+    return config, saved, parent
 
 
 def check_flags(config, processes):
@@ -706,32 +696,32 @@ def choose_precision(chip):
 
 
 def load_data(saved, parent):
-    """The tokenizer in data_dir; the tokens for training and for validation; the check sums by which a resumed run
-    knows them; the mean bytes of a validation token. The last two come from the first process of a machine, which
-    alone reads the files through.
+    """The tokenizer in data_dir; the tokens for training and for validation; their check sums, by which a resumed run
+    knows them; the mean bytes of a validation token. The first process of a machine reads the files through, so it
+    alone knows the last two.
 
-    Raises UsageError for data of another tokenizer than the parent's, or others than the checkpoint's.
+    Raises UsageError for data of another tokenizer than the parent's, or not those of the checkpoint.
     """
-    if not (Path(data_dir) / "vocab.json").exists():
-        raise FileNotFoundError(f"{data_dir} has no vocab.json: bpe.py has not run there, or not to its end; run it first")
-    tokenizer = Tokenizer.from_folder(data_dir)
-    require(not parent or (tokenizer.vocab, tokenizer.merges) == (parent[1].vocab, parent[1].merges),
-            f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
-            f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
-    files = [Path(data_dir) / name for name in ("train.bin", "val.bin")]
-    tokens = [load_tokens(path, len(tokenizer.vocab), context_length) for path in files]
+    folder = Path(data_dir)
+    if not (folder / "vocab.json").exists():
+        raise FileNotFoundError(f"{folder} has no vocab.json: bpe.py has not run there, or not to its end; run it first")
+    tokenizer = Tokenizer.from_folder(folder)
+    same = not parent or (tokenizer.vocab, tokenizer.merges) == (parent[1].vocab, parent[1].merges)
+    require(same, f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
+                  f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
+    vocab = sorted(tokenizer.vocab.items())
+    tokens = [load_tokens(folder / name, len(vocab), context_length) for name in ("train.bin", "val.bin")]
     require(eval_batches * batch_size <= len(tokens[1]), f"--eval_batches={eval_batches} of {batch_size} sequences are "
-            f"more places than the {len(tokens[1])} tokens of {files[1]} have")
+            f"more places than the {len(tokens[1]):,} tokens of {folder / 'val.bin'} have")
     if int(os.environ.get("LOCAL_RANK", 0)):
         return tokenizer, *tokens, {}, math.nan
-    token_bytes = np.array([len(tokenizer.vocab[i]) for i in range(len(tokenizer.vocab))])
-    (train_sum, _), (val_sum, val_bytes_per_token) = (read_through(array, token_bytes) for array in tokens)
-    check_sums = {"train.bin": train_sum, "val.bin": val_sum,
-                  "vocab.json": zlib.crc32(repr((sorted(tokenizer.vocab.items()), tokenizer.merges)).encode())}
-    changed = [name for name in check_sums if saved and saved["data"].get(name) != check_sums[name]]
-    require(not changed, f"--resume=True: {' and '.join(changed)} in {data_dir} are not what {out_dir} was trained on; "
-                         f"name its data, or another --out_dir")
-    return tokenizer, *tokens, check_sums, val_bytes_per_token
+    token_bytes = np.array([len(token) for _, token in vocab])
+    (train_crc, _), (val_crc, val_bytes) = (read_through(array, token_bytes) for array in tokens)
+    check_sums = {"train.bin": train_crc, "val.bin": val_crc, "vocab.json": zlib.crc32(repr((vocab, tokenizer.merges)).encode())}
+    for name in check_sums:
+        require(not saved or saved["data"][name] == check_sums[name], f"--resume=True: {folder / name} is another file "
+                f"than the one that {out_dir} was trained on; name its data, or another --out_dir")
+    return tokenizer, *tokens, check_sums, val_bytes
 
 
 def build(vocab_size, chip, precision, parent):
@@ -903,8 +893,7 @@ def main():
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    saved, parent = adopt_run(config)
-    config = {name: globals()[name] for name in config}
+    config, saved, parent = adopt_runs(config)
     check_flags(config, processes)
     chip = choose_device(device)
     precision = choose_precision(chip)
@@ -978,9 +967,8 @@ def main():
         if step >= horizon:
             print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes
                   else f"{out_dir} holds all of its {step:,} steps already")
-        mfu_of_one = 0.0   # model FLOPs utilisation at one token a second, where it is known
-        if peak := gpu_peak(chip) * processes:
-            mfu_of_one = training_flops(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu) / peak
+        peak = gpu_peak(chip) * processes   # model FLOPs utilisation is counted against it, where it is known
+        flops = training_flops(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu) if peak else 0
 
         caught, failure, stop, status, val_loss = catch_signals(), None, 0, 0, None
         row_step, row_end = step, clock()
@@ -1028,7 +1016,7 @@ def main():
                 if rank == 0 and not failure:
                     left = pace * (steps - step) if not max_minutes else max(0, budget - seconds) * (step < horizon)
                     try:
-                        report(row, left, step + left / pace, row["tokens_per_second"] * mfu_of_one)
+                        report(row, left, step + left / pace, peak and row["tokens_per_second"] * flops / peak)
                     except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
                         failure = error
                         caught.append(signal.SIGTERM)
@@ -1042,7 +1030,7 @@ def main():
                 save()
                 if best_step == step:
                     save_best()
-                if rank == 0:
+                if rank == 0 and due and not failure:
                     draw_curves({out_dir: read_log(Path(out_dir) / "log.csv")}, Path(out_dir) / "curves.svg")
             row_step, row_end = step, clock()   # evaluations do not count into the speed
 
