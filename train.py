@@ -386,7 +386,8 @@ def read_checkpoint(src):
         if hasattr(src, "seek"):
             src.seek(0)
         saved = torch.load(src, map_location="cpu", weights_only=True)
-        saved["model"].items()
+        if not (isinstance(saved, dict) and "model" in saved):
+            raise ValueError("no weights")
     except (OSError, MemoryError):
         raise
     except Exception as error:   # torch, pickle and zipfile have many ways to say that a file is foreign
