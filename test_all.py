@@ -1139,7 +1139,7 @@ def test_a_run_resumes_with_its_own_constants_and_what_was_lost_is_restored(data
     capsys.readouterr()
     assert run_train(*resume, "--steps=20") == 0
     told = capsys.readouterr().out
-    assert "lost log.csv, config.json, vocab.json" in told and "best.pt is lost" in told
+    assert "lost best.pt, log.csv, config.json, vocab.json" in told
     assert {path.name for path in out.iterdir()} == {".lock", *train.RESULTS} and rows(out)[0]["step"] == "18"
     train.load_run(out)
     other = shutil.copytree(data, tmp_path / "other")
@@ -1162,7 +1162,7 @@ while kills < 10:
     time.sleep(random.Random(kills).uniform(0.1, 0.5) * length)
     os.kill(run_train, signal.SIGKILL)
     kills += join(run_train) == -signal.SIGKILL
-assert join(start("--resume=True", "--out_dir={broken}")) == 0
+assert join(start(*{flags(data, broken, "--resume=True", **settings)})) == 0
 """)
     assert done.returncode == 0, done.stderr
     assert same_runs(broken, straight) and len(rows(straight)) == 41 and not (tmp_path / "broken.1").exists()
@@ -1224,16 +1224,15 @@ assert list(map(join, two({29950 + os.getpid() % 30}, *{flags(data, tmp_path / "
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts processes by fork")
 def test_an_error_in_several_processes_is_one_line(data, tmp_path):
-    port = 29900 + os.getpid() % 30
+    port, words = 29900 + os.getpid() % 30, ["--device=cpu", "--compile=False", f"--out_dir={tmp_path / 'out'}"]
     done = forking(f"""
-both = two({port}, *{flags(data, tmp_path / "out", lr=-1)})
-print(*map(join, both))
-first, second = two({port + 1}, *{flags(data, tmp_path / "out")}, rank1=["--data_dir=nowhere"])
+print(*map(join, two({port}, "--lr=-1", *{words})))
+first, second = two({port + 1}, *{words}, rank0=["--data_dir={data}"], rank1=["--data_dir=nowhere"])
 print(join(second))
 os.kill(first, signal.SIGKILL)
-""".replace("rank1=[\"--data_dir=nowhere\"]", "rank1=['--data_dir=nowhere']"))
-    assert done.stdout == "2 1\n1\n" and [line[:15] for line in done.stderr.splitlines()] == [
-        "train.py: --lr=", "train.py: nowhe"], done.stderr
+""")
+    assert done.stdout == "2 1\n1\n" and [line[:16] for line in done.stderr.splitlines()] == [
+        "train.py: --lr=-", "train.py: nowher"], done.stderr
 
 
 def test_divergence_is_said_and_keeps_the_last_good_checkpoint(data, tmp_path, capsys):
@@ -1285,20 +1284,22 @@ def test_a_run_that_over_fits_keeps_its_best_weights_and_says_so(data, tmp_path,
 def test_fine_tuning_begins_with_weights_shape_and_tokenizer_of_another_run(data, tmp_path, capsys):
     parent, child, other = tmp_path / "parent", tmp_path / "child", tmp_path / "other"
     assert run_train(*flags(data, parent, steps=40, d_ff=48, post_norm=True)) == 0
-    words = [f"--init_from={parent}", f"--data_dir={data}", f"--out_dir={child}", "--device=cpu", "--compile=False",
-             "--steps=4", "--eval_interval=2", "--eval_batches=2", "--log_interval=1", "--dtype=float32"]
-    assert run_train(*words, "--context_length=8", "--lr=1e-9", "--min_lr=0") == 0
+    words = ["--device=cpu", "--compile=False", "--steps=4", "--eval_interval=2", "--eval_batches=2", "--log_interval=1",
+             "--dtype=float32", "--lr=1e-9", "--min_lr=0", f"--init_from={parent}"]
+    of, into = f"--data_dir={data}", f"--out_dir={child}"
+    assert run_train(*words, of, into, "--context_length=8") == 0
     model, tokenizer, config = train.load_run(child)
     assert (config["d_ff"], config["post_norm"], config["context_length"]) == (48, True, 8)
     assert float(rows(child)[0]["train_loss"]) < float(rows(parent)[4]["train_loss"])
     torch.testing.assert_close(weights(child), weights(parent, "best.pt"))
-    assert run_train(*words, "--resume=True", "--steps=6", "--context_length=8", "--lr=1e-9", "--min_lr=0") == 0
-    assert run_train(*words, "--num_layers=2") == 2 and "num_layers is 1 there and 2 here" in capsys.readouterr().err
+    assert run_train(into, f"--init_from={parent}", "--resume=True", "--steps=6") == 0
+    assert run_train(into, "--init_from=nowhere", "--resume=True") == 2
+    assert run_train(*words, of, into, "--num_layers=2") == 2 and "num_layers is 1 there and 2 here" in capsys.readouterr().err
     shutil.copytree(data, other)
     Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: b"ab"}, [(b"a", b"b")]).save(other)
-    assert run_train(*words, f"--data_dir={other}") == 2
+    assert run_train(*words, f"--data_dir={other}", into) == 2
     assert f"bpe.py --tokenizer_dir={parent}" in capsys.readouterr().err
-    assert run_train(f"--init_from={parent}", *words[1:2], f"--out_dir={parent}", *words[3:]) == 0   # itself, moved aside
+    assert run_train(*words, of, f"--out_dir={parent}") == 0   # which is moved aside
     assert json.loads((parent / "config.json").read_text())["init_from"] == f"{parent}.1"
     assert run_train("--init_from=nowhere") == 1 and "nowhere" in capsys.readouterr().err
 

@@ -760,9 +760,8 @@ def prepare_folder(config, tokenizer, step):
         print(f"{out} held a run: it is in {aside.name} now")
     rows = []
     if step:   # rows beyond the checkpoint will come again
-        lost = [name for name in RESULTS if name not in (*old, "best.pt", "curves.svg")]
-        if lost:
-            print(f"{out} had lost {', '.join(lost)}: written anew" + ", without the rows so far" * ("log.csv" in lost))
+        if lost := [name for name in RESULTS if name not in old]:
+            print(f"{out} has lost {', '.join(lost)}: written anew, as far as ckpt.pt and {data_dir} tell")
         if "log.csv" in old:
             read_log(log)
             rows = [row for row in log.read_text().splitlines(True)[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
@@ -948,9 +947,8 @@ def main():
                               f"but this model's checkpoints take {need / 1e6:,.0f}: make room, or name another --out_dir")
         if best_step == step > 0:
             save_best()   # the run may have been killed between ckpt.pt and best.pt
-        elif step and not best_file.exists():
-            best, best_step = math.inf, 0
-            print(f"{best_file} is lost: the next evaluation begins a new one")
+        elif not best_file.exists():
+            best, best_step = math.inf, 0   # lost: the next evaluation writes it
         if compile:
             compile_model(model, *windows(train_tokens, [0] * share, context_length, chip), precision)
 
