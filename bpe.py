@@ -952,7 +952,11 @@ class Tokenizer:
 
 # ------------------------------------------------------------------------------- the command line, for all four scripts
 
-class UsageError(ValueError):
+class InputError(ValueError):
+    """What the user gave cannot be used."""
+
+
+class UsageError(InputError):
     """A flag or its value is wrong: one_line_errors ends the script with status 2."""
 
 
@@ -1041,7 +1045,7 @@ def one_line_errors():
         message, status = "interrupted", 130
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except (ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
         message, status = str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1
     else:
         return
