@@ -1323,6 +1323,8 @@ def test_broken_data_and_a_full_disk_are_refused_at_the_beginning(data, tmp_path
     assert run_train(*flags(broken, out)) == 1 and "not to its end" in capsys.readouterr().err and not out.exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
     assert run_train(*flags(data, out)) == 1 and "make room" in capsys.readouterr().err
+    assert run_train(*flags(data, out, d_model=10 ** 8, num_heads=10 ** 7)) == 1
+    assert "smaller model" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")

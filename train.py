@@ -35,7 +35,7 @@ import socket
 import sys
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -45,7 +45,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bpe import Tokenizer, configure, one_line_errors, only_run_in, replacing, require
+from bpe import InputError, Tokenizer, configure, one_line_errors, only_run_in, replacing, require
 from model import TransformerLM, training_flops
 
 # files
@@ -114,28 +114,28 @@ def load_tokens(path, vocab_size, context_length):
     """The token ids of a .bin file as a read-only array on disk (numpy memmap): uint16, or uint32 for a vocabulary of
     more than 65,536 tokens.
 
-    Raises ValueError if the file ends inside a token, or is too short for one context and the token after it.
+    Raises InputError (a ValueError) if the file ends inside a token, or is too short for one context and the token after it.
     """
     kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
     size = os.path.getsize(path)
     if size % kind.itemsize:
-        raise ValueError(f"{path} is cut, or was made for another vocabulary: "
+        raise InputError(f"{path} is cut, or was made for another vocabulary: "
                          f"{size} bytes are no whole number of {kind.itemsize}-byte tokens")
     if size // kind.itemsize <= context_length:
-        raise ValueError(f"{path} holds {size // kind.itemsize} tokens, "
+        raise InputError(f"{path} holds {size // kind.itemsize} tokens, "
                          f"fewer than one context and the next token ({context_length + 1})")
     return np.memmap(path, kind, "r")
 
 
 def read_through(tokens, token_bytes):
     """The CRC-32 of an array of token ids, and the mean length of its tokens in bytes; token_bytes (V): the length of
-    each entry of the vocabulary. Raises ValueError for an id beyond the vocabulary.
+    each entry of the vocabulary. Raises InputError (a ValueError) for an id beyond the vocabulary.
     """
     crc = total = 0
     for start in range(0, len(tokens), 2 ** 22):   # in parts: the file may exceed the memory
         part = tokens[start:start + 2 ** 22]
         if part.max() >= len(token_bytes):
-            raise ValueError(f"{tokens.filename} holds the token {part.max()}, but the vocabulary ends at "
+            raise InputError(f"{tokens.filename} holds the token {part.max()}, but the vocabulary ends at "
                              f"{len(token_bytes) - 1}: encode the text with this vocabulary")
         crc, total = zlib.crc32(part, crc), total + int(token_bytes[part].sum())
     return crc, total / len(tokens)
@@ -384,7 +384,7 @@ def save_checkpoint(model, optimizer, iteration, out, **more):
 def read_checkpoint(src):
     """What write_checkpoint wrote to a path or binary file object, as a dict of tensors and plain values on the CPU.
 
-    Raises ValueError if the file is damaged or foreign. No code from the file is run.
+    Raises InputError (a ValueError) if the file is damaged or foreign. No code from the file is run.
     """
     try:
         with zipfile.ZipFile(src) as archive:   # torch writes a zip file, but does not look at its check sums
@@ -399,7 +399,7 @@ def read_checkpoint(src):
         raise
     except Exception as error:   # torch, pickle and zipfile have many ways to say that a file is foreign
         name = getattr(src, "name", "the checkpoint") if hasattr(src, "read") else src
-        raise ValueError(f"{name} is damaged, or is no checkpoint of train.py ({type(error).__name__})") from None
+        raise InputError(f"{name} is damaged, or is no checkpoint of train.py ({type(error).__name__})") from None
     return saved
 
 
@@ -407,11 +407,11 @@ def load_checkpoint(src, model, optimizer):
     """Restore model and optimizer from a path, a binary file object, or read_checkpoint's dict,
     and return the iteration.
 
-    Raises ValueError for a damaged or foreign file and RuntimeError for a model of another shape.
+    Raises InputError (a ValueError) for a damaged or foreign file and RuntimeError for a model of another shape.
     """
     saved = src if isinstance(src, dict) else read_checkpoint(src)
     if "optimizer" not in saved:
-        raise ValueError(f"{src} holds weights, but no optimiser state to continue with")
+        raise InputError(f"{src} holds weights, but no optimiser state to continue with")
     parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
     states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()}
@@ -423,7 +423,7 @@ def load_checkpoint(src, model, optimizer):
 def load_run(folder):
     """The model of a run folder, on the CPU, its tokenizer, and its constants (dict): best.pt, or else ckpt.pt.
 
-    Raises ValueError if its files are damaged or do not belong together.
+    Raises InputError (a ValueError) if its files are damaged or do not belong together.
     """
     path = Path(folder) / "best.pt"
     if not path.exists():
@@ -434,9 +434,9 @@ def load_run(folder):
         model = TransformerLM(vocab_size, **{name: config[name] for name in SHAPE})
         model.load_state_dict(saved["model"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no model that belongs to its settings: {error}") from None
+        raise InputError(f"{path} holds no model that belongs to its settings: {error}") from None
     if vocab_size != len(tokenizer.vocab):
-        raise ValueError(f"{folder}: vocab.json has {len(tokenizer.vocab)} tokens, "
+        raise InputError(f"{folder}: vocab.json has {len(tokenizer.vocab)} tokens, "
                          f"but the model in {path.name} has {vocab_size}")
     return model, tokenizer, config
 
@@ -487,7 +487,7 @@ def one_voice():
     """Let one process alone report an error: rank 0, or else the first that fails. The others end silently."""
     try:
         yield
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
         if processes > 1:
             time.sleep(rank > 0)   # rank 0 comes first
@@ -499,6 +499,8 @@ def one_voice():
                 first = rank == 0
             if not first:
                 os._exit(1)
+        if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
+            raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum") from None
         raise
 
 
@@ -513,7 +515,7 @@ def write_text(path, text):
 
 def read_log(path):
     """The columns of a log.csv: {name: array}, with NaN where val_loss is empty. A last row that was cut off is left
-    out. Raises ValueError for anything but finite numbers under these names.
+    out. Raises InputError (a ValueError) for anything but finite numbers under these names.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -522,17 +524,17 @@ def read_log(path):
         cells = [float(row[name]) for row in rows for name in COLUMNS if row[name] or name != "val_loss"]
         if not np.isfinite(cells).all():
             raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}") from None
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise InputError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}") from None
     return log
 
 
 def read_config(path):
-    """The constants of a run, a dict. Raises ValueError if the file holds something else."""
+    """The constants of a run, a dict. Raises InputError (a ValueError) if the file holds something else."""
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no config.json of train.py: {error}") from None
+        raise InputError(f"{path} is no config.json of train.py: {error}") from None
 
 
 def round_ticks(low, high):
@@ -603,7 +605,7 @@ def compare_runs():
               "val loss", "bits/byte", "best val", "bits/byte"]]
     for (folder, log), config in zip(logs.items(), configs):
         if not log["step"].size:
-            raise ValueError(f"{folder}/log.csv has no rows yet")
+            raise InputError(f"{folder}/log.csv has no rows yet")
         validations = log["val_loss"][np.isfinite(log["val_loss"])].tolist() or [math.nan]
         table.append([folder, *(str(config.get(name)) for name in differing),
                       *(f"{log[name][-1]:,.0f}" for name in ("step", "tokens", "seconds")),
@@ -874,13 +876,13 @@ def catch_signals():
 
 
 def check_divergence(row, vocab_size):
-    """Raise RuntimeError if the run diverged: a figure is not finite,
+    """Raise FloatingPointError if the run diverged: a figure is not finite,
     or the loss is ten times that of a blind guess, log(vocab_size).
     """
     loss, norm = row["train_loss"], row["grad_norm"]
     if not math.isfinite(loss + norm + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
         checkpoint = Path(out_dir) / "ckpt.pt"
-        raise RuntimeError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
+        raise FloatingPointError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
                            f"gradient norm {norm:.4g}, lr {row['lr']:.3g}"
                            + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
 
@@ -903,12 +905,13 @@ def report(row, left, total, mfu):
 
 
 def main():
-    config = configure(globals())
-    if compare:
-        return compare_runs()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")   # rank 0 speaks for all
+    with redirect_stderr(sys.stdout if rank else sys.stderr):
+        config = configure(globals())
+    if compare:
+        return compare_runs()
     config, saved, parent = adopt_runs(config)
     check_flags(config, processes)
     chip = choose_device(device)
