@@ -18,9 +18,9 @@ under log.csv ends the run early.
 import os
 import time
 STARTED = time.perf_counter()  # before torch, whose import takes seconds of what --max_minutes grants
-# The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores from
-# a second run: two at once on two cores did 200 to 6,600 tokens/s together, where one alone does 15,000. After 1,000
-# turns they now sleep: 12,140 together, for at most 5 % of one alone.
+# The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
+# from a second run: two at once on two cores did 200 to 6,600 tokens/s together, where one alone does 15,000. After
+# 1,000 turns they now sleep: 12,140 together, for at most 5 % of one alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import csv
 import ctypes
@@ -114,7 +114,8 @@ def load_tokens(path, vocab_size, context_length):
     """The token ids of a .bin file as a read-only array on disk (numpy memmap): uint16, or uint32 for a vocabulary of
     more than 65,536 tokens.
 
-    Raises InputError (a ValueError) if the file ends inside a token, or is too short for one context and the token after it.
+    Raises InputError (a ValueError) if the file ends inside a token, or is too short for one context and the token
+    after it.
     """
     kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
     size = os.path.getsize(path)
@@ -269,9 +270,9 @@ class AdamW(torch.optim.Optimizer):
 # direction on which the gradients agree then gets a step of the same length, where otherwise a few large ones drown the
 # rest (Jordan et al. 2024). A singular value decomposition would be slow. Instead, polynomials a s + b s^3 + c s^5 of
 # the whole matrix, which take nothing but products, drive every singular value s towards 1. Below are the (a, b, c) of
-# each: the first is the nearest to 1 on [0.004, 1], each next one on what the one before makes of that interval, widened
-# by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four do what five equal ones did (Jordan et
-# al. 2024), in four fifths of the time.
+# each: the first is the nearest to 1 on [0.004, 1], each next one on what the one before makes of that interval,
+# widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four do what five equal ones did
+# (Jordan et al. 2024), in four fifths of the time.
 NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
                  (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
