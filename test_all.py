@@ -1316,8 +1316,8 @@ def test_fine_tuning_begins_with_weights_shape_and_tokenizer_of_another_run(data
 
 @pytest.mark.parametrize("words", [
     "--d_model=0", "--num_heads=3", "--lr=-1", "--lr=nan", "--min_lr=1", "--beta2=1.0", "--optimizer=sgd",
-    "--dtype=int8", "--device=tpu", "--device=cpu:x", "--device=cuda:99", "--batch_size=3 --grad_accum=2", "--shard=True", "--out_dir=",
-    "--rope_theta=0", "--steps=1e3", "--post_norm=yes", "--eps=0", "--num_heads=16 --d_model=16",
+    "--dtype=int8", "--device=tpu", "--device=cpu:x", "--device=cuda:99", "--batch_size=3 --grad_accum=2", "--shard=True",
+    "--out_dir=", "--rope_theta=0", "--steps=1e3", "--post_norm=yes", "--eps=0", "--num_heads=16 --d_model=16",
     "--eval_batches=1000000000000"])
 def test_flags_that_make_no_sense_are_refused_by_name_before_anything_is_made(
         data, tmp_path, monkeypatch, capsys, words):
