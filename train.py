@@ -884,8 +884,8 @@ def check_divergence(row, vocab_size):
     if not math.isfinite(loss + norm + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
         checkpoint = Path(out_dir) / "ckpt.pt"
         raise FloatingPointError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
-                           f"gradient norm {norm:.4g}, lr {row['lr']:.3g}"
-                           + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
+                                 f"gradient norm {norm:.4g}, lr {row['lr']:.3g}"
+                                 + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
 
 
 def report(row, left, total, mfu):
