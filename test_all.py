@@ -1254,7 +1254,7 @@ def test_divergence_is_said_and_keeps_the_last_good_checkpoint(data, tmp_path, c
 
 def test_a_timed_run_ends_within_its_time_at_the_smallest_rate_and_tells_what_is_left_by_the_pace_of_its_steps(
         data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "keep_freed_memory", lambda: time.sleep(2))   # a slow start, as compilation is
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: time.sleep(1))   # a slow start, as compilation is
     begin = time.perf_counter()
     assert run_train(*flags(data, tmp_path / "out", max_minutes=0.1, eval_interval=10 ** 6, log_interval=5,
                             warmup_steps=10 ** 6)) == 0
