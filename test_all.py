@@ -1115,11 +1115,23 @@ def test_a_run_leaves_a_folder_that_stands_alone_and_never_overwrites_one(data, 
     before = weights(out)
     assert run_train(*flags(data, out, seed=1)) == 0 and "it is in a run.1" in capsys.readouterr().out
     torch.testing.assert_close(weights(aside), before, rtol=0, atol=0)
-    assert run_train(f"--compare={tmp_path}/a*", f"--out_dir={aside}") == 0
-    told = capsys.readouterr().out
-    assert all(word in told for word in ("seed", bits, table[-1]["val_loss"][:5], rows(out)[-1]["val_loss"][:5]))
-    assert "<svg" in (aside / "compare.svg").read_text()
-    assert run_train(f"--compare={out},nowhere*") == 2 and "'nowhere*' is no run" in capsys.readouterr().err
+
+
+def test_compare_shows_last_and_best_losses_of_the_runs_that_a_pattern_names(data, tmp_path, capsys):
+    for seed in (1, 2):
+        assert run_train(*flags(data, tmp_path / f"run{seed}", seed=seed)) == 0
+    before = (tmp_path / "run1" / "curves.svg").read_bytes()
+    capsys.readouterr()
+    assert run_train(f"--compare={tmp_path}/run*", f"--out_dir={tmp_path / 'run1'}") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "seed" in told[0] and told[0].count("bits/byte") == 2
+    for line, run in zip(told[1:3], ("run1", "run2")):
+        losses = [float(row["val_loss"]) for row in rows(tmp_path / run) if row["val_loss"]]
+        for loss in (losses[-1], min(losses)):   # a token of this data is a byte
+            assert f"{loss:.4f}" in line and f"{loss / math.log(2):.4f}" in line
+    assert "<svg" in (tmp_path / "run1" / "compare.svg").read_text()
+    assert (tmp_path / "run1" / "curves.svg").read_bytes() == before
+    assert run_train(f"--compare={tmp_path}/run1,nowhere*") == 2 and "'nowhere*' is no run" in capsys.readouterr().err
 
 
 def test_a_run_resumes_with_its_own_constants_and_what_was_lost_is_restored(data, tmp_path, capsys):
