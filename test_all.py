@@ -1210,6 +1210,7 @@ def test_a_run_that_is_ended_early_saves_a_checkpoint_from_which_it_goes_on_exac
     assert read_checkpoint(broken / "ckpt.pt")["iteration"] == 15
     told = capsys.readouterr()
     assert "Traceback" not in told.err and ("--resume=True" in told.out) == (status > 1)
+    assert (broken / "curves.svg").exists() == (status > 1)
     assert run_train("--resume=True", f"--out_dir={broken}") == 0 and same_runs(broken, straight)
 
 

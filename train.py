@@ -1050,8 +1050,9 @@ def main():
                 save()
                 if best_step == step:
                     save_best()
-                if rank == 0 and due and not failure:
-                    draw_curves({out_dir: read_log(Path(out_dir) / "log.csv")}, Path(out_dir) / "curves.svg")
+                log = read_log(Path(out_dir) / "log.csv") if rank == 0 and not failure else {"step": []}
+                if len(log["step"]):
+                    draw_curves({out_dir: log}, Path(out_dir) / "curves.svg")
             row_step, row_end = step, clock()   # evaluations do not count into the speed
 
         if failure:
