@@ -1050,9 +1050,10 @@ def main():
                 save()
                 if best_step == step:
                     save_best()
-                log = read_log(Path(out_dir) / "log.csv") if rank == 0 and not failure else {"step": []}
-                if len(log["step"]):
-                    draw_curves({out_dir: log}, Path(out_dir) / "curves.svg")
+                if rank == 0 and not failure:
+                    log = read_log(Path(out_dir) / "log.csv")
+                    if log["step"].size:   # a resumed run that had lost its log may have no row yet
+                        draw_curves({out_dir: log}, Path(out_dir) / "curves.svg")
             row_step, row_end = step, clock()   # evaluations do not count into the speed
 
         if failure:
