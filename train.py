@@ -1,33 +1,41 @@
 """
-Train a Transformer language model on the tokens that bpe.py wrote, on CPU, CUDA or Apple's MPS, alone or in many
-processes.
+Train a Transformer language model on the tokens that bpe.py wrote: on CPU, CUDA or Apple's MPS, in one process or many.
 
-    $ python train.py --lr=3e-4 --post_norm=True                  # every constant below is a flag
-    $ python train.py --lr=3e-4 --post_norm=True --resume=True    # the same again: go on from out_dir's checkpoint
-    $ python train.py --compare=out/a,out/b                       # draw the losses of several runs, train nothing
-    $ torchrun --nproc_per_node=8 train.py --max_minutes=90       # on eight GPUs, for 90 minutes
+    $ python train.py --lr=3e-4 --post_norm=True                 # every constant below is a flag
+    $ python train.py --resume=True                              # continue the run in out_dir, with its own constants
+    $ python train.py --init_from=out --data_dir=data/mine --out_dir=out/mine    # fine-tune another run's weights
+    $ python train.py --compare=out/a,out/b                      # draw the losses of several runs, train nothing
+    $ torchrun --nproc_per_node=8 train.py --max_minutes=90      # on eight GPUs, for 90 minutes
 
     step 1,000 of 1,000: loss 3.046, validation 3.972, lr 3.0e-05, norm 0.67, 11,497 tokens/s, 0:00 left
 
-Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (weights and optimiser
-state), log.csv (one row per logged step), curves.svg (the losses over steps and over seconds), config.json (the
-constants), and the tokenizer, so that sample.py needs that folder only. Checkpoints are made at every evaluation, at
-the end, and on Ctrl-C or SIGTERM.
+Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (where the run stands),
+best.pt (the weights with the lowest validation loss so far), log.csv (a row per logged step), curves.svg (the losses
+over steps and over seconds), config.json (the constants) and the tokenizer, so that sample.py needs only this folder.
+Checkpoints are written at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP, a closed pipe or a full disk
+under log.csv ends the run early.
 """
 import os
 import time
-STARTED = time.perf_counter()  # ahead of torch, whose import takes seconds of what --max_minutes grants
+STARTED = time.perf_counter()  # before torch, whose import takes seconds of what --max_minutes grants
+# The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
+# from a second run: two at once on two cores did 200 to 6,600 tokens/s together, where one alone does 15,000. After
+# 1,000 turns they now sleep: 12,140 together, for at most 5 % of one alone.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import csv
 import ctypes
+import glob
 import html
 import itertools
 import json
 import math
 import shutil
 import signal
+import socket
 import sys
+import zipfile
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -37,14 +45,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bpe import Tokenizer, configure, one_line_errors, only_run_in, replacing, require
-from model import TransformerLM, default_d_ff, training_flops
+from bpe import InputError, Tokenizer, configure, one_line_errors, only_run_in, replacing, require
+from model import TransformerLM, training_flops
 
 # files
 data_dir = "data"       # folder that bpe.py wrote
-out_dir = "out"         # run folder; one that holds a run is moved aside first, to out.1 or the next free number
-resume = False          # continue the run in out_dir, whose flags must be given again; or start one where there is none
-compare = ""            # run folders, separated by commas: draw out_dir/curves.svg, print a table, and train nothing
+out_dir = "out"         # run folder; one that holds a run is first moved to out.1, or the next free number
+resume = False          # continue the run in out_dir with its own constants, or start one where there is none
+init_from = ""          # run folder to take the weights and the shape from; the data must have its tokenizer
+compare = ""            # run folders or patterns, separated by commas: draw out_dir/compare.svg, and train nothing
 # the model's shape
 context_length = 256    # tokens that the model sees at once
 num_layers = 4          # Transformer blocks
@@ -59,13 +68,13 @@ rope = True             # False: no positions at all (NoPE)
 swiglu = True           # False: ungated feed-forward networks w2(silu(w1 x))
 tie_embeddings = False  # one matrix for the token embeddings and the output head
 # learning
-residual_gain = 1.0     # times the initial output matrices of each block: below 1, it begins close to the identity
+residual_gain = 1.0     # times the initial output matrices of each block: below 1, it starts close to the identity
 optimizer = "adamw"     # adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest
 lr = 3e-3               # AdamW's peak learning rate
 embedding_scale = 1.0   # times lr for token embeddings, whose rows are seen rarely; Muon likes 30; tied ones take lr
 muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in step with lr
 min_lr = 3e-5           # where lr ends
-warmup_steps = 50       # steps of linear warm-up from 0 to lr
+warmup_steps = 50       # steps of linear warm-up from 0 to lr; a run shorter than twice this takes a tenth of its steps
 beta1 = 0.9             # AdamW's memory of the mean gradient
 beta2 = 0.99            # AdamW's memory of the mean squared gradient; 0.95 forgets too fast for batches this small
 eps = 1e-8              # added to AdamW's denominator
@@ -81,17 +90,19 @@ eval_batches = 16       # batches per evaluation, always the same ones, spread e
 log_interval = 20       # steps between rows of log.csv; their losses are means over the steps since the row before
 seed = 0                # decides the initial weights and every batch
 # machine
-device = ""             # cpu, cuda or mps; empty: the fastest at hand
+device = ""             # cpu, cuda, cuda:1 or mps; empty: the fastest at hand
 dtype = ""              # float32 (TF32 products on CUDA), or bfloat16 products; empty: bfloat16 where hardware has it
-fused = True            # AdamW by torch's one kernel, a third of the time of its formula on a CPU; False: the formula
 compile = True          # fuse the model with torch.compile: less time per step, after some seconds of compilation
 shard = False           # with torchrun: spread weights and optimiser state over the processes, for large models
 
-RESULTS = ("ckpt.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
-COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")
-# What a resumed run may change, because the run stays the same but for rounding, its place, or what it reports.
-MAY_CHANGE = {"data_dir", "out_dir", "resume", "compare", "grad_accum", "eval_interval", "log_interval",
-              "device", "dtype", "fused", "compile", "shard"}
+SHAPE = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_theta",
+         "post_norm", "rms_norm", "rope", "swiglu", "tie_embeddings")
+# What a resumed run may change. With another budget, the learning rate follows the new schedule.
+MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps", "max_minutes", "eval_interval",
+              "log_interval", "device", "dtype", "compile", "shard")
+RESULTS = ("ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
+COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")   # of log.csv
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 # Dense bfloat16 FLOP/s. The first name found in the card's counts, so a variant stands before its family.
 PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
               "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -100,27 +111,35 @@ PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 
 # ----------------------------------------------------------------------------------------------------------------- data
 
 def load_tokens(path, vocab_size, context_length):
-    """The token ids of a .bin file as a read-only array on disk (numpy memmap),
-    uint16, or uint32 for more than 65,536 entries.
+    """The token ids of a .bin file as a read-only array on disk (numpy memmap): uint16, or uint32 for a vocabulary of
+    more than 65,536 tokens.
 
-    Raises ValueError if the file is cut, holds an id beyond the vocabulary, or is too short for one context and the
-    token after it.
+    Raises InputError (a ValueError) if the file ends inside a token, or is too short for one context and the token
+    after it.
     """
     kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
     size = os.path.getsize(path)
     if size % kind.itemsize:
-        raise ValueError(f"{path} is cut or of another kind: "
+        raise InputError(f"{path} is cut, or was made for another vocabulary: "
                          f"{size} bytes are no whole number of {kind.itemsize}-byte tokens")
     if size // kind.itemsize <= context_length:
-        raise ValueError(f"{path} holds {size // kind.itemsize} tokens, "
+        raise InputError(f"{path} holds {size // kind.itemsize} tokens, "
                          f"fewer than one context and the next token ({context_length + 1})")
-    tokens = np.memmap(path, kind, "r")
-    # in parts: the file may exceed the memory
-    top = max(int(tokens[i:i + 2 ** 22].max()) for i in range(0, len(tokens), 2 ** 22))
-    if top >= vocab_size:
-        raise ValueError(f"{path} holds the token {top}, but the vocabulary ends at {vocab_size - 1}: "
-                         f"encode it with this vocabulary")
-    return tokens
+    return np.memmap(path, kind, "r")
+
+
+def read_through(tokens, token_bytes):
+    """The CRC-32 of an array of token ids, and the mean length of its tokens in bytes; token_bytes (V): the length of
+    each entry of the vocabulary. Raises InputError (a ValueError) for an id beyond the vocabulary.
+    """
+    crc = total = 0
+    for start in range(0, len(tokens), 2 ** 22):   # in parts: the file may exceed the memory
+        part = tokens[start:start + 2 ** 22]
+        if part.max() >= len(token_bytes):
+            raise InputError(f"{tokens.filename} holds the token {part.max()}, but the vocabulary ends at "
+                             f"{len(token_bytes) - 1}: encode the text with this vocabulary")
+        crc, total = zlib.crc32(part, crc), total + int(token_bytes[part].sum())
+    return crc, total / len(tokens)
 
 
 def windows(dataset, starts, context_length, device):
@@ -130,10 +149,8 @@ def windows(dataset, starts, context_length, device):
     tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)].astype(np.int64)   # (B, T + 1)
     tokens = torch.from_numpy(tokens)
     if torch.device(device).type == "cuda":
-        # from pinned memory, the copy runs while the GPU computes
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    else:
-        tokens = tokens.to(device)
+        tokens = tokens.pin_memory()   # such a copy runs while the GPU computes
+    tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -142,7 +159,7 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, part=
     return inputs and targets, each (B, T), int64, on `device`.
 
     generator: a torch.Generator on the CPU, so that equal seeds give equal batches. part: the rows of the batch to
-    read (all). Handout, section 5.1.
+    read (all). Raises ValueError if the dataset is too short. Handout, section 5.1.
     """
     if len(dataset) <= context_length:
         raise ValueError(f"{len(dataset)} tokens are too few for one context of {context_length} and the next token")
@@ -151,23 +168,133 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, part=
 
 
 def generator_of_step(seed, step):
-    """The random generator of one step's batch: what a step sees depends on (seed, step) alone,
-    so resuming needs no random state.
+    """The random generator of one step's batch. What a step sees depends on (seed, step) alone,
+    so a resumed run needs no random state.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
-# ------------------------------------------------------------------------------------------------------- many processes
-# With --shard=True parameters and gradients are torch's DTensors. They are told by their methods, so that other runs
-# need not import them.
+# ------------------------------------------------------------------------------------------------ schedule and clipping
 
-def local(tensor):
-    """This process's part of a tensor that --shard=True spread over the processes; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters):
+    """The learning rate of step `it`: linear from 0 to the maximum, then half a cosine to the minimum,
+    then the minimum. Handout, section 4.4.
+    """
+    if it < warmup_iters:
+        return max_learning_rate * it / warmup_iters
+    if it >= cosine_cycle_iters:
+        return min_learning_rate
+    progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)
+    return min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (max_learning_rate - min_learning_rate)
 
+
+@torch.no_grad()
+def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
+    """Scale all gradients together, in place, so that their joint L2 norm is at most max_l2_norm;
+    return the norm before (scalar tensor). Handout, section 4.5.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    # no `if`: a GPU would have to stop for the answer
+    torch._foreach_mul_(grads, (max_l2_norm / (norm + eps)).clamp(max=1))
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------- optimisers
+
+class SGD(torch.optim.Optimizer):
+    """Stochastic gradient descent with the handout's decay: in step t (from 0), p <- p - lr / sqrt(t + 1) * gradient.
+    Raises ValueError for a negative lr. Handout, section 4.2.
+    """
+
+    def __init__(self, params, lr):
+        if lr < 0:
+            raise ValueError(f"the learning rate {lr} is negative")
+        super().__init__(params, dict(lr=lr, t=0))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = torch.enable_grad()(closure)() if closure else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["lr"] / math.sqrt(group["t"] + 1))
+            group["t"] += 1
+        return loss
+
+
+class AdamW(torch.optim.Optimizer):
+    """Adam with decoupled weight decay, as torch.optim.AdamW computes it, in the notation of Kingma and Ba (2015).
+
+    m and v are running means of the gradient g and of g^2; dividing by 1 - beta^t undoes their start at zero: m', v'.
+    The decay is lr * lambda, as in torch; in Loshchilov and Hutter (2019, algorithm 2) lr does not scale lambda.
+    Raises ValueError for values out of range.
+    """
+
+    # True: the same four lines in torch's one kernel, which reads and writes every number once. At the handout's shape,
+    # on two cores, it takes 10 ms of a step of 700, and the lines 66.
+    fused = False
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, "
+                             f"the betas {betas} in [0, 1)")
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, t=0))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = torch.enable_grad()(closure)() if closure else None
+        for group in self.param_groups:
+            group["t"] += 1
+            self.update(**{**group, "params": [p for p in group["params"] if p.grad is not None]})
+        return loss
+
+    def update(self, params, lr, betas, eps, weight_decay, t, **more):
+        """Move the parameters of one group."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+            g, m, v, (beta1, beta2) = p.grad, self.state[p]["m"], self.state[p]["v"], betas
+            if self.fused:
+                torch._fused_adamw_([p], [g], [m], [v], [], [torch.full((), float(t), device=p.device)], lr=lr, eps=eps,
+                                    beta1=beta1, beta2=beta2, weight_decay=weight_decay, amsgrad=False, maximize=False)
+                continue
+            p.mul_(1 - lr * weight_decay)                    # p <- p - lr lambda p
+            m.lerp_(g, 1 - beta1)                            # m <- beta1 m + (1 - beta1) g
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)    # v <- beta2 v + (1 - beta2) g^2
+            # p <- p - lr m' / (sqrt(v') + eps)
+            p.sub_(lr * (m / (1 - beta1 ** t)) / ((v / (1 - beta2 ** t)).sqrt() + eps))
+
+
+# Muon moves a matrix along its momentum M = U S V^T with every singular value set to 1, that is, along U V^T. Every
+# direction on which the gradients agree then gets a step of the same length, where otherwise a few large ones drown the
+# rest (Jordan et al. 2024). A singular value decomposition would be slow. Instead, polynomials a s + b s^3 + c s^5 of
+# the whole matrix, which take nothing but products, drive every singular value s towards 1. Below are the (a, b, c) of
+# each: the first is the nearest to 1 on [0.004, 1], each next one on what the one before makes of that interval,
+# widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four do what five equal ones did
+# (Jordan et al. 2024), in four fifths of the time.
+NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
+                 (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
+
+
+def orthogonalise(matrices, dtype=torch.float32):
+    """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T,
+    with singular values above 0.004 |S| brought between 0.7 and 1.3. dtype: of the products.
+    """
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices   # the wide form, for the smaller Gram matrix
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+# With --shard=True parameters, gradients and moments are torch's DTensors, of which each process holds a part.
+# They are recognised by their methods, so that other runs need not import them.
 
 def whole(tensor):
-    """A sharded tensor put together from all processes; any other tensor as it is."""
+    """A sharded tensor put together from all processes, all of which must call this; any other value as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -176,17 +303,153 @@ def spread(tensor, like):
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    # each cuts its part from its own copy
+    # each process cuts its part from its own copy
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+class Muon(AdamW):
+    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum
+    (Jordan et al. 2024).
+    """
+
+    dtype = torch.float32   # of the products in orthogonalise
+
+    def update(self, params, lr, weight_decay, momentum=0, **more):
+        if not momentum:
+            return super().update(params, lr, weight_decay=weight_decay, **more)
+        alike = {}   # matrices of one shape go through the products together
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["m"] = torch.zeros_like(p)
+            m = self.state[p]["m"].lerp_(p.grad, 1 - momentum)
+            alike.setdefault(p.shape, []).append((p, p.grad.lerp(m, momentum)))   # Nesterov's form looks one step ahead
+        for (rows, columns), pairs in alike.items():
+            moves = orthogonalise(torch.stack([whole(move) for _, move in pairs]), self.dtype)
+            for (p, _), move in zip(pairs, moves):
+                p.mul_(1 - lr * weight_decay)
+                p.add_(spread(move, p), alpha=-lr * max(1, rows / columns) ** 0.5)
+
+
+def parameter_groups(model):
+    """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings.
+
+    In every step the rate of a group is its `scale` times the schedule's.
+    """
+    inside = [p for p in model.layers.parameters() if p.dim() == 2]
+    embeddings, head = model.token_embeddings.weight, model.lm_head.weight
+    gains = [p for p in model.parameters() if p.dim() == 1]
+    muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else dict(scale=1.0)
+    groups = [dict(params=inside, **muon), dict(params=[head], scale=1.0),
+              dict(params=gains, scale=1.0, weight_decay=0.0)]
+    return groups if embeddings is head else [
+        *groups, dict(params=[embeddings], scale=embedding_scale, weight_decay=0.0)]
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def gathered(value):
+    """Nested dicts with their sharded tensors made whole, in the main memory of rank 0 only."""
+    if isinstance(value, dict):
+        return {key: gathered(item) for key, item in value.items()}
+    if hasattr(value, "full_tensor"):
+        value = whole(value)
+        return value.cpu() if dist.get_rank() == 0 else None
+    return value
+
+
+def write_checkpoint(saved, out):
+    """torch.save a dict to a path or binary file. A path gets its new content only when all of it is on the disk.
+
+    With torchrun every process must call this; rank 0 writes.
+    """
+    saved = gathered(saved)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    if hasattr(out, "write"):
+        return torch.save(saved, out)
+    try:
+        with replacing(out) as temporary, open(temporary, "wb") as file:
+            torch.save(saved, file)
+    except (OSError, RuntimeError) as error:  # torch hides the operating system's reason behind one of its own
+        raise OSError(f"{out} was not written, and what stood there before still stands: "
+                      f"{error.__context__ or error}") from None
+
+
+def save_checkpoint(model, optimizer, iteration, out, **more):
+    """Write the state of model and optimizer, the iteration, and whatever else is named, to `out`:
+    a path or a binary file object.
+    """
+    write_checkpoint(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=iteration, **more), out)
+
+
+def read_checkpoint(src):
+    """What write_checkpoint wrote to a path or binary file object, as a dict of tensors and plain values on the CPU.
+
+    Raises InputError (a ValueError) if the file is damaged or foreign. No code from the file is run.
+    """
+    try:
+        with zipfile.ZipFile(src) as archive:   # torch writes a zip file, but does not look at its check sums
+            if archive.testzip():
+                raise ValueError("a check sum is wrong")
+        if hasattr(src, "seek"):
+            src.seek(0)
+        saved = torch.load(src, map_location="cpu", weights_only=True)
+        if not (isinstance(saved, dict) and "model" in saved):
+            raise ValueError("no weights")
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:   # torch, pickle and zipfile have many ways to say that a file is foreign
+        name = getattr(src, "name", "the checkpoint") if hasattr(src, "read") else src
+        raise InputError(f"{name} is damaged, or is no checkpoint of train.py ({type(error).__name__})") from None
+    return saved
+
+
+def load_checkpoint(src, model, optimizer):
+    """Restore model and optimizer from a path, a binary file object, or read_checkpoint's dict,
+    and return the iteration.
+
+    Raises InputError (a ValueError) for a damaged or foreign file and RuntimeError for a model of another shape.
+    """
+    saved = src if isinstance(src, dict) else read_checkpoint(src)
+    if "optimizer" not in saved:
+        raise InputError(f"{src} holds weights, but no optimiser state to continue with")
+    parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+    model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
+    states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()}
+              for i, state in saved["optimizer"]["state"].items()}
+    optimizer.load_state_dict({**saved["optimizer"], "state": states})
+    return saved["iteration"]
+
+
+def load_run(folder):
+    """The model of a run folder, on the CPU, its tokenizer, and its constants (dict): best.pt, or else ckpt.pt.
+
+    Raises InputError (a ValueError) if its files are damaged or do not belong together.
+    """
+    path = Path(folder) / "best.pt"
+    if not path.exists():
+        path = path.with_name("ckpt.pt")
+    saved, tokenizer = read_checkpoint(path), Tokenizer.from_folder(folder)
+    try:
+        config, vocab_size = saved["config"], saved["model"]["token_embeddings.weight"].size(0)
+        model = TransformerLM(vocab_size, **{name: config[name] for name in SHAPE})
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} holds no model that belongs to its settings: {error}") from None
+    if vocab_size != len(tokenizer.vocab):
+        raise InputError(f"{folder}: vocab.json has {len(tokenizer.vocab)} tokens, "
+                         f"but the model in {path.name} has {vocab_size}")
+    return model, tokenizer, config
+
+
+# ------------------------------------------------------------------------------------------------------- many processes
+
 def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes; all of them travel as one message."""
+    """Replace each gradient by its mean over the processes; all of them travel at once."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
-    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
+    for message in [dist.all_reduce(grad, async_op=True) for grad in grads]:
+        message.wait()
+    torch._foreach_div_(grads, dist.get_world_size())
 
 
 def largest(*numbers):
@@ -207,439 +470,216 @@ def mean_over_processes(tensor):
     return tensor / dist.get_world_size()
 
 
-def shard_model(model, place):
-    """Spread the parameters of each block over the processes:
+def shard_model(model, kind):
+    """Spread the parameters of each block over the processes, on devices of this kind ("cpu", "cuda"):
     a block is whole only while it computes (Zhao et al. 2023, FSDP).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    # left to itself, FSDP takes a GPU even under --device=cpu
-    mesh = init_device_mesh(place.type, (dist.get_world_size(),))
+    # left to itself, FSDP takes a GPU even with --device=cpu
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
 
 
-# --------------------------------------------------------------------------------------------------------- optimisation
-
-def get_lr_cosine_schedule(it, max_learning_rate, min_learning_rate, warmup_iters, cosine_cycle_iters):
-    """The learning rate of step `it`: linear from 0 to the maximum, then half a cosine to the minimum,
-    then the minimum. Handout, section 4.4.
-    """
-    if it < warmup_iters:
-        return max_learning_rate * it / warmup_iters
-    if it >= cosine_cycle_iters:
-        return min_learning_rate
-    progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)
-    return min_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (max_learning_rate - min_learning_rate)
-
-
-@torch.no_grad()
-def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
-    """Scale all gradients together, in place, so that their joint L2 norm is at most max_l2_norm;
-    return the norm before (scalar tensor).
-    """
-    given = [p.grad for p in parameters if p.grad is not None]
-    grads = [local(grad) for grad in given]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    if hasattr(given[0], "to_local"):  # sharded: the squares of all processes' parts add up
-        norm = norm.square()
-        dist.all_reduce(norm)
-        norm = norm.sqrt()
-    # no `if`: a GPU would have to stop for the answer
-    torch._foreach_mul_(grads, (max_l2_norm / (norm + eps)).clamp(max=1))
-    return norm
-
-
-class SGD(torch.optim.Optimizer):
-    """Stochastic gradient descent with the handout's decay: in step t (from 0), p <- p - lr / sqrt(t + 1) * gradient.
-    Handout, section 4.2.
-    """
-
-    def __init__(self, params, lr):
-        if lr < 0:
-            raise ValueError(f"the learning rate {lr} is negative")
-        super().__init__(params, dict(lr=lr, t=0))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            torch._foreach_add_(params, [p.grad for p in params], alpha=-group["lr"] / math.sqrt(group["t"] + 1))
-            group["t"] += 1
-        return loss
-
-
-class AdamW(torch.optim.Optimizer):
-    """Adam with decoupled weight decay, as torch.optim.AdamW computes it
-    (Loshchilov and Hutter 2019, algorithm 2; Kingma and Ba 2015).
-
-    p <- (1 - lr * weight_decay) p - lr * m' / (sqrt(v') + eps), where m and v are running means of g and g^2 with the
-    memories `betas`, and m' = m / (1 - beta1^t), v' = v / (1 - beta2^t) undo their start at zero. Raises ValueError
-    for values out of range.
-    fused: all of it in torch's one kernel, which reads and writes every number once instead of seven times.
-    """
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=False):
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, "
-                             f"the betas {betas} in [0, 1)")
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, t=0))
-        self.fused = fused
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            group["t"] += 1
-            self.update(group, [p for p in group["params"] if p.grad is not None])
-        return loss
-
-    def update(self, group, params):
-        if not params:
-            return
-        for p in params:
-            if not self.state[p]:
-                self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-        p, g, m, v = zip(*[[local(tensor) for tensor in (p, p.grad, self.state[p]["m"], self.state[p]["v"])]
-                           for p in params])
-        lr, (beta1, beta2), eps, weight_decay, t = (group[name] for name in ("lr", "betas", "eps", "weight_decay", "t"))
-        if self.fused:
-            t = [torch.full((), float(t), device=p[0].device)] * len(p)
-            return torch._fused_adamw_(p, g, m, v, [], t, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-                                       weight_decay=weight_decay, amsgrad=False, maximize=False)
-        unbias1, unbias2 = 1 - beta1 ** t, math.sqrt(1 - beta2 ** t)
-        torch._foreach_mul_(p, 1 - lr * weight_decay)
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        denominator = torch._foreach_sqrt(v)
-        # both sides of the fraction times unbias2: v' needs no pass of its own
-        torch._foreach_add_(denominator, eps * unbias2)
-        torch._foreach_addcdiv_(p, m, denominator, -lr * unbias2 / unbias1)
-
-
-# orthogonalise, next, drives the singular values s of a matrix towards 1 by odd polynomials a s + b s^3 + c s^5; these
-# are their (a, b, c). The first is the nearest to 1 on [0.004, 1], and each next one on what the one before makes of
-# that interval, widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four bring about what
-# five equal ones did (Jordan et al. 2024), in four fifths of the time.
-NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
-                 (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
-
-
-def orthogonalise(matrices, dtype=torch.float32):
-    """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T,
-    with singular values above 0.004 |S| between 0.7 and 1.3.
-
-    Newton-Schulz steps: each turns every singular value s into a s + b s^3 + c s^5 by products (in `dtype`) alone.
-    """
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices   # the wide form, for the smaller Gram matrix
-    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
-    for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-class Muon(AdamW):
-    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum
-    (Jordan et al. 2024).
-
-    Every direction that the gradients agree on gets a step of the same length, where otherwise a few large ones drown
-    the rest.
-    dtype: of the products in orthogonalise.
-    """
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=False,
-                 dtype=torch.float32):
-        super().__init__(params, lr, betas, eps, weight_decay, fused)
-        self.dtype = dtype
-
-    def update(self, group, params):
-        if not group.get("momentum"):
-            return super().update(group, params)
-        alike = {}
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["m"] = torch.zeros_like(p)
-            momentum = self.state[p]["m"].lerp_(p.grad, 1 - group["momentum"])
-            # Nesterov: looks one step ahead
-            alike.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))
-        for (rows, columns), pairs in alike.items():  # matrices of one shape go through the products together
-            moves = orthogonalise(torch.stack([whole(move) for _, move in pairs]), self.dtype)
-            for (p, _), move in zip(pairs, moves):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(spread(move, p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-
-
-def parameter_groups(model):
-    """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings.
-    `scale` multiplies the schedule's lr.
-    """
-    inside = [p for p in model.layers.parameters() if p.dim() == 2]
-    embeddings, head = model.token_embeddings.weight, model.lm_head.weight
-    gains = [p for p in model.parameters() if p.dim() == 1]
-    muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else dict(scale=1.0)
-    groups = [dict(params=inside, **muon), dict(params=[head], scale=1.0),
-              dict(params=gains, scale=1.0, weight_decay=0.0)]
-    return groups if embeddings is head else [
-        *groups, dict(params=[embeddings], scale=embedding_scale, weight_decay=0.0)]
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-CRC_OF_WHOLE = 0x2144DF1C   # what CRC-32 gives for any bytes with their own CRC-32 behind them, as a checkpoint has it
-
-
-def gathered(value):
-    """Nested dicts and lists with their sharded tensors made whole, in the main memory of rank 0 only;
-    all processes must call this together.
-    """
-    if isinstance(value, dict):
-        return {key: gathered(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [gathered(item) for item in value]
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()
-        return value.cpu() if dist.get_rank() == 0 else None
-    return value
-
-
-class CheckSummed:
-    """A binary file as torch.save sees it, and the CRC-32 of what was written."""
-
-    def __init__(self, file):
-        self.file, self.crc, self.flush = file, 0, file.flush
-
-    def write(self, data):
-        self.crc = zlib.crc32(data, self.crc)
-        return self.file.write(data)
-
-
-def write_checkpoint(saved, file):
-    """torch.save into a binary file, and the CRC-32 of all its bytes behind it:
-    torch's own reader does not look whether they are sound.
-    """
-    summed = CheckSummed(file)
-    torch.save(saved, summed)
-    file.write(summed.crc.to_bytes(4, "little"))
-
-
-def save_checkpoint(model, optimizer, iteration, out, **more):
-    """Write the state of model and optimizer, the iteration, and whatever else is named, to `out`:
-    a path or a binary file object.
-
-    A path gets its new content only when all of it is on the disk. With torchrun every process must call this;
-    the first one writes.
-    """
-    saved = gathered(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=iteration, **more))
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    if hasattr(out, "write"):
-        write_checkpoint(saved, out)
-        return
+@contextmanager
+def one_voice():
+    """Let one process alone report an error: rank 0, or else the first that fails. The others end silently."""
     try:
-        with replacing(out) as temporary, open(temporary, "wb") as file:
-            write_checkpoint(saved, file)
-    except (OSError, RuntimeError) as error:  # torch hides the operating system's reason behind one of its own
-        reason = getattr(error.__context__, "strerror", None) or getattr(error, "strerror", None) or error
-        raise OSError(f"{out} was not written, and what stood there before still stands: {reason}") from None
-
-
-def read_checkpoint(src):
-    """What train.py's save_checkpoint wrote to a path or binary file object,
-    as a dict of tensors and plain values on the CPU.
-
-    Raises ValueError unless the file is whole, to the last bit. No code from the file is run.
-    """
-    by_path = isinstance(src, (str, os.PathLike))
-    with open(src, "rb") if by_path else nullcontext(src) as file:
-        begin, total = file.tell(), 0
-        while part := file.read(1 << 20):
-            total = zlib.crc32(part, total)
-        file.seek(begin)
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True) if total == CRC_OF_WHOLE else {}
-        except MemoryError:
-            raise
-        except Exception:  # torch and pickle have many ways to say that a file is foreign
-            saved = {}
-    if not (isinstance(saved, dict) and {"model", "optimizer", "iteration"} <= saved.keys()):
-        raise ValueError(f"{src if by_path else getattr(src, 'name', 'the checkpoint')} is damaged, "
-                         f"or is no checkpoint of train.py")
-    return saved
-
-
-def load_checkpoint(src, model, optimizer):
-    """Restore model and optimizer from a path, a binary file object, or read_checkpoint's dict,
-    and return the iteration.
-
-    Raises ValueError for a damaged or foreign file and RuntimeError for a model of another shape.
-    """
-    saved = src if isinstance(src, dict) else read_checkpoint(src)
-    parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
-    model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
-    states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()}
-              for i, state in saved["optimizer"]["state"].items()}
-    optimizer.load_state_dict({**saved["optimizer"], "state": states})
-    return saved["iteration"]
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
+        if processes > 1:
+            time.sleep(rank > 0)   # rank 0 comes first
+            try:
+                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                socket.create_connection(address, 1).close()   # TCPStore is noisy where nobody listens
+                first = dist.TCPStore(*address, is_master=False).add("failed", 1) == 1
+            except (OSError, RuntimeError, ValueError, KeyError):   # rank 0 held the store, and is gone
+                first = rank == 0
+            if not first:
+                os._exit(1)
+        if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
+            raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum") from None
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------ log and picture
 
-def write_log(path, rows):
-    """Write a log.csv that holds these rows, each a dict of strings."""
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+def write_text(path, text):
+    """Write a text file, whole or not at all, with the same line ends on every platform."""
+    with replacing(path) as temporary:
+        # "replace", because the name of a folder may hold bytes that are no text
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def read_log(path):
-    """The rows of a log.csv as dicts of strings; a last row that was cut off is left out."""
-    with open(path, newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} is no log of train.py: its first line should be {','.join(COLUMNS)}")
-        rows = [row for row in table if row["tokens_per_second"]]
-    for number, row in enumerate(rows, 2):
-        try:
-            [float(row[name] or (name == "val_loss")) for name in COLUMNS]
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}, line {number}: "
-                             f"{','.join(map(str, row.values()))!r} is no row of numbers") from None
-    return rows
+    """The columns of a log.csv: {name: array}, with NaN where val_loss is empty. A last row that was cut off is left
+    out. Raises InputError (a ValueError) for anything but finite numbers under these names.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row[COLUMNS[-1]]]
+        log = {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
+        cells = [float(row[name]) for row in rows for name in COLUMNS if row[name] or name != "val_loss"]
+        if not np.isfinite(cells).all():
+            raise ValueError
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise InputError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}") from None
+    return log
 
 
 def read_config(path):
-    """The constants of a run, a dict. Raises ValueError if the file holds something else."""
+    """The constants of a run, a dict. Raises InputError (a ValueError) if the file holds something else."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no config.json of train.py: {error}") from None
+        raise InputError(f"{path} is no config.json of train.py: {error}") from None
 
 
-def round_ticks(low, high, count=6):
-    """About `count` round numbers from low to high: the multiples of 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10((high - low) / count))
-    unit = min((power * factor for factor in (1, 2, 5, 10)), key=lambda unit: abs(unit - (high - low) / count))
-    return [i * unit for i in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+def round_ticks(low, high):
+    """Five to ten round numbers from low to high: the multiples of 1, 2 or 5 times a power of ten."""
+    unit = 10 ** math.floor(math.log10(high - low))
+    unit /= 1 if high - low >= 5 * unit else 2 if high - low >= 2 * unit else 5
+    return unit * np.arange(math.ceil(low / unit), math.floor(high / unit) + 1)
 
 
 def draw_curves(logs, path):
-    """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log.csv}."""
-    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e",
-               "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
-    losses = [[float(row[kind]) for kind in ("val_loss", "train_loss") for row in rows[len(rows) // 10:] if row[kind]]
-              for rows in logs.values()]
-    # From the best loss up to the worst after a tenth of the run: the plunge of the first steps would flatten the rest.
-    # And never beyond a blind guess, which is where a run begins: one that diverges leaves through the top.
-    low, high = min(map(min, losses)), max(map(max, losses))
-    guess = max(float(rows[0]["train_loss"]) for rows in logs.values())
-    high = min(high, guess) if guess > low else high   # unless no run ever came back below it
-    low, high = low - 0.03 * (high - low) - 0.01, high + 0.03 * (high - low) + 0.01
-    width, height, top = 440, 330, 70 + 18 * math.ceil(len(logs) / 4)
-    svg = []
-
-    def text(x, y, words, anchor="middle", more=""):
-        svg.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{html.escape(words)}</text>')
-
-    for left, axis in ((70, "step"), (590, "seconds")):
-        end = max(float(rows[-1][axis]) for rows in logs.values()) or 1.0
-        across = lambda value: left + width * float(value) / end
-        down = lambda value: top + height * (high - min(max(float(value), low - 9), high + 9)) / (high - low)
+    """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: read_log of it}."""
+    # Down to the best loss; up to nine tenths of all losses, so that the plunge of the first steps does not flatten the
+    # rest, and never beyond the first loss, a blind guess: a run that diverges leaves through the top.
+    losses = np.concatenate([log[kind] for log in logs.values() for kind in ("train_loss", "val_loss")])
+    high = min(np.nanquantile(losses, 0.9), max(log["train_loss"][0] for log in logs.values())) + 0.05
+    low, top = np.nanmin(losses) - 0.05, 60 + 18 * len(logs)
+    svg = ['<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
+    for i, (name, colour) in enumerate(zip(logs, itertools.cycle(COLOURS))):
+        svg.append(f'<text x="70" y="{52 + 18 * i}" fill="{colour}">{html.escape(name)}</text>')
+    for left, axis, label in ((70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds")):
+        end = max(log[axis][-1] for log in logs.values()) or 1
+        svg.append(f'<text x="{left + 220}" y="{top + 374}" text-anchor="middle">{label}</text>')
         for tick in round_ticks(0, end):
-            svg.append(f'<path d="M{across(tick):.1f} {top}v{height}" class="grid"/>')
-            text(across(tick), top + height + 20, f"{tick:,.10g}")
+            x = left + 440 * tick / end
+            svg.append(f'<path d="M{x:.1f} {top}v330"/>'
+                       f'<text x="{x:.1f}" y="{top + 350}" text-anchor="middle">{tick:,.10g}</text>')
         for tick in round_ticks(low, high):
-            svg.append(f'<path d="M{left} {down(tick):.1f}h{width}" class="grid"/>')
-            text(left - 8, down(tick) + 4, f"{tick:.10g}", "end")
-        text(left + width / 2, top + height + 44, {"step": "optimiser steps", "seconds": "wall-clock seconds"}[axis])
-        text(left - 48, top + height / 2, "loss (nats a token)",
-             more=f'transform="rotate(-90 {left - 48} {top + height / 2})"')
-        # cuts what lies outside
-        svg.append(f'<svg x="{left}" y="{top}" width="{width}" height="{height}" '
-                   f'viewBox="{left} {top} {width} {height}">')
-        for rows, colour in zip(logs.values(), colours * len(logs)):
-            thinned = rows[::math.ceil(len(rows) / 500)]  # a point every pixel: more would only make the file large
-            validated = [row for row in rows if row["val_loss"]]
-            for some, kind, style in ((thinned, "train_loss", 'stroke-width="1" opacity="0.45"'),
-                                      (validated, "val_loss", 'stroke-width="2"')):
-                points = " ".join(f"{across(row[axis]):.1f},{down(row[kind]):.1f}" for row in some)
+            y = top + 330 * (high - tick) / (high - low)
+            svg.append(f'<path d="M{left} {y:.1f}h440"/>'
+                       f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.10g}</text>')
+        svg.append(f'<svg x="{left}" y="{top}" width="440" height="330">')   # clips what lies outside
+        for log, colour in zip(logs.values(), itertools.cycle(COLOURS)):
+            for kind, style in (("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"')):
+                points = " ".join(f"{440 * x / end:.1f},{330 * (high - y) / (high - low):.1f}"
+                                  for x, y in zip(log[axis], log[kind]) if y == y)   # not where it is NaN
                 svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
-            svg += [f'<circle cx="{across(row[axis]):.1f}" cy="{down(row["val_loss"]):.1f}" r="3" fill="{colour}"/>'
-                    for row in validated]
-        svg.append(f'</svg><rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#888"/>')
-    text(70, 30, "Loss in training (thin) and on validation text (thick, with dots)", "start", 'font-size="16"')
-    for i, (name, colour) in enumerate(zip(logs, colours * len(logs))):
-        x, y = 70 + 240 * (i % 4), 58 + 18 * (i // 4)
-        svg.append(f'<path d="M{x} {y - 4}h24" stroke="{colour}" stroke-width="3"/>')
-        text(x + 30, y, name if len(name) < 30 else "..." + name[-27:], "start")
-    with replacing(path) as temporary:
-        temporary.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + height + 60}" '
-                             'font-family="sans-serif" font-size="12"><style>.grid{stroke:#ddd}</style>'
-                             '<rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n",
-                             encoding="utf-8")
+        svg.append("</svg>")
+    write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + 390}" font-family="sans-serif" '
+                     'font-size="12"><style>path {stroke: #ddd}</style>'
+                     '<rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n")
 
 
-def perplexity(loss):
-    """exp(loss): among how many equally likely tokens the model would be as unsure."""
-    return math.exp(min(loss, 700))
+def bits_per_byte(loss, bytes_per_token):
+    """A loss in nats a token as bits a byte of text, which alone compares runs with different tokenizers."""
+    return loss / math.log(2) / bytes_per_token
 
 
-def compare_runs(folders):
-    """Draw the runs in these folders into out_dir/curves.svg
-    and print their last losses beside the constants in which they differ.
+def named_folders(patterns):
+    """The run folders that some names or glob patterns, separated by commas, stand for."""
+    folders = []
+    for pattern in patterns.split(","):
+        found = [pattern] if Path(pattern).is_dir() else sorted(map(os.path.dirname, glob.glob(f"{pattern}/log.csv")))
+        require(pattern and found,
+                f"--compare={patterns}: {pattern!r} is no run folder, and no pattern that matches one")
+        folders += found
+    return folders
+
+
+def compare_runs():
+    """Draw the runs that --compare names into out_dir/compare.svg, and print their last and best losses beside the
+    constants in which they differ.
     """
-    require(folders, f"--compare={compare}: names no folder")
-    logs = {str(folder): read_log(folder / "log.csv") for folder in folders}
-    configs = [read_config(folder / "config.json") for folder in folders]
-    for name, rows in logs.items():
-        require(rows, f"--compare: {name}/log.csv has no rows yet")
-    names = [name for name in configs[0]
-             if name not in MAY_CHANGE and len({str(config.get(name)) for config in configs}) > 1]
-    table = [["run", *names, "step", "tokens", "seconds", "train loss", "val loss", "perplexity"]]
-    for (run, rows), config in zip(logs.items(), configs):
-        last = rows[-1]
-        validation = next((float(row["val_loss"]) for row in reversed(rows) if row["val_loss"]), math.nan)
-        table.append([run, *(str(config.get(name)) for name in names),
-                      last["step"], f"{int(last['tokens']):,}", f"{float(last['seconds']):.0f}",
-                      f"{float(last['train_loss']):.4f}", f"{validation:.4f}", f"{perplexity(validation):.2f}"])
+    logs = {folder: read_log(Path(folder) / "log.csv") for folder in named_folders(compare)}
+    configs = [read_config(Path(folder) / "config.json") for folder in logs]
+    differing = [name for name in configs[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
+                 and len({str(config.get(name)) for config in configs}) > 1]
+    table = [["run", *differing, "step", "tokens", "seconds", "train loss",
+              "val loss", "bits/byte", "best val", "bits/byte"]]
+    for (folder, log), config in zip(logs.items(), configs):
+        if not log["step"].size:
+            raise InputError(f"{folder}/log.csv has no rows yet")
+        validations = log["val_loss"][np.isfinite(log["val_loss"])].tolist() or [math.nan]
+        table.append([folder, *(str(config.get(name)) for name in differing),
+                      *(f"{log[name][-1]:,.0f}" for name in ("step", "tokens", "seconds")),
+                      f"{log['train_loss'][-1]:.4f}"])
+        for loss in (validations[-1], min(validations)):
+            table[-1] += [f"{loss:.4f}", f"{bits_per_byte(loss, config.get('val_bytes_per_token', math.nan)):.4f}"]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    draw_curves(logs, Path(out_dir) / "curves.svg")
-    print(f"{Path(out_dir) / 'curves.svg'} shows the curves")
+    draw_curves(logs, Path(out_dir) / "compare.svg")
+    print(f"{Path(out_dir) / 'compare.svg'} shows the curves")
 
 
 # ---------------------------------------------------------------------------------------------------------------- a run
 
-def check_flags(processes):
+
+# ---------------------------------------------------------------------------------------------------------------- a run
+
+def adopt(saved, names, source, free=MAY_CHANGE):
+    """Take over these constants of another run, as if they stood on the command line, where no flag gives them.
+    Raises UsageError for a flag that contradicts one, unless it is free to change.
+    """
+    flags = {word[2:].partition("=")[0] for word in sys.argv[1:]}
+    sys.argv[1:1] = [f"--{name}={saved[name]}" for name in names if name in saved and name not in flags]
+    config = configure(globals())
+    for name in names:
+        require(name in free or config[name] == saved.get(name, config[name]),
+                f"{source}: {name} is {saved.get(name)!r} there and {config[name]!r} here; "
+                "leave the flag out, or name another folder")
+    return config
+
+
+def adopt_runs(config):
+    """Take over the constants of the run to resume, or of --init_from's.
+
+    Returns our constants; the checkpoint to resume ({}: none); and the run of --init_from, as load_run gives it, where
+    its weights are wanted (else None).
+    """
+    out, saved, parent = Path(out_dir), {}, None
+    if resume and (out / "ckpt.pt").exists():
+        saved = read_checkpoint(out / "ckpt.pt")
+        require("run" in saved, f"--resume=True: {out / 'ckpt.pt'} holds weights, but no run to continue")
+    if resume and (saved or (out / "config.json").exists()):
+        known = read_config(out / "config.json") if (out / "config.json").exists() else saved["config"]
+        names = [name for name in known if name in config and name not in ("out_dir", "resume", "compare")]
+        config = adopt(known, names, f"--resume=True: {out_dir}")
+        if (steps, max_minutes) != (known.get("steps"), known.get("max_minutes")):
+            print("the budget is another than before, so the learning rate follows a new schedule")
+    if init_from and not saved:
+        parent = load_run(init_from)
+        config = adopt(parent[2], SHAPE, f"--init_from={init_from}", ["context_length"])   # no weight depends on it
+    return config, saved, parent
+
+
+def check_flags(config, processes):
     """Raise UsageError for a flag whose value makes no sense."""
-    for name in ("context_length", "num_layers", "d_model", "num_heads", "batch_size", "grad_accum", "steps",
-                 "eval_interval", "eval_batches", "log_interval"):
-        require(globals()[name] >= 1, f"--{name}={globals()[name]}: must be at least 1")
-    for name in ("d_ff", "embedding_scale", "residual_gain", "muon_lr", "min_lr", "warmup_steps", "eps",
-                 "weight_decay", "grad_clip", "max_minutes", "seed"):
-        require(globals()[name] >= 0, f"--{name}={globals()[name]}: must not be negative")
-    for name in ("rope_theta", "lr"):
-        require(globals()[name] > 0, f"--{name}={globals()[name]}: must be above 0")
+    positive = ("context_length", "num_layers", "d_model", "num_heads", "rope_theta", "lr", "eps", "batch_size",
+                "grad_accum", "steps", "eval_interval", "eval_batches", "log_interval")
+    for name, value in config.items():
+        if isinstance(value, (int, float)):
+            require(value > 0 or value == 0 and name not in positive,
+                    f"--{name}={value}: must be {'above' if name in positive else 'at least'} 0")
+    for name, choices in dict(optimizer=("adamw", "muon"), dtype=("", "float32", "bfloat16")).items():
+        require(config[name] in choices, f"--{name}={config[name]}: choose {' or '.join(filter(None, choices))}")
     for name in ("beta1", "beta2"):
-        require(0 <= globals()[name] < 1, f"--{name}={globals()[name]}: must be at least 0 and below 1")
-    for name, choices in dict(optimizer=("adamw", "muon"), device=("", "cpu", "cuda", "mps"),
-                              dtype=("", "float32", "bfloat16")).items():
-        require(globals()[name] in choices,
-                f"--{name}={globals()[name]}: choose {' or '.join(choice or 'nothing' for choice in choices)}")
-    for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-        require(device != name or module.is_available(),
-                f"--device={name}: this machine has none that this torch can use")
+        require(config[name] < 1, f"--{name}={config[name]}: must be below 1")
     require(data_dir and out_dir, "--data_dir or --out_dir is empty: name a folder")
     require(Path(data_dir).resolve() != Path(out_dir).resolve(),
-            f"--out_dir={out_dir} is --data_dir too: a run wants a folder of its own")
+            f"--out_dir={out_dir} is --data_dir too: a run needs a folder of its own")
     require(d_model % num_heads == 0, f"--num_heads={num_heads} does not divide --d_model={d_model}")
+    require(not rope or d_model // num_heads % 2 == 0, f"--num_heads={num_heads} gives heads of the odd width "
+            f"{d_model // num_heads}, but RoPE turns pairs: choose another, or --rope=False")
     require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
     require(batch_size % (processes * grad_accum) == 0,
             f"--batch_size={batch_size} sequences cannot be split evenly over "
@@ -648,102 +688,115 @@ def check_flags(processes):
             "--shard=True spreads one model over several processes: start them with torchrun")
 
 
-def choose_device(local_rank):
-    """Choose the device of this process and make it the current one;
-    return it, and the data type of the matrix products on it.
+def choose_device(name):
+    """The torch.device of this name ("": the fastest at hand); for "cuda" with torchrun, this process's own.
+    Raises UsageError for one that this machine or this torch lacks.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda":
-        torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chip = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        if chip.type in ("cpu", "cuda", "mps"):
+            return torch.empty(0, device=chip).device
+    except (RuntimeError, AssertionError):
+        pass
+    require(False, f"--device={name}: this machine, or this torch, has no such device; choose cpu, cuda, cuda:1 or mps")
+
+
+def choose_precision(chip):
+    """The data type of the matrix products on a device."""
+    if chip.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = name == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return (torch.device(f"cuda:{local_rank}" if name == "cuda" else name),
-            getattr(torch, dtype or ("bfloat16" if fast else "float32")))
+        fast = chip.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return getattr(torch, dtype or ("bfloat16" if fast else "float32"))
 
 
-def check_memory(vocab_size, share, place):
-    """Raise UsageError for a model, or a share of the batch,
-    that this device could not hold even if everything went well.
+def load_data(saved, parent):
+    """The tokenizer in data_dir; the tokens for training and for validation; their check sums, by which a resumed run
+    knows them; the mean bytes of a validation token. The first process of a machine reads the files through, so it
+    alone knows the last two.
+
+    Raises UsageError for data of another tokenizer than the parent's, or not those of the checkpoint.
     """
-    if place.type == "cuda":
-        memory = torch.cuda.get_device_properties(place).total_memory
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
-    # At least: 16 bytes a parameter for weights, gradients and AdamW's two moments;
-    # the logits and each block's projections in bfloat16.
-    state = 16 * d_model * (vocab_size + num_layers * (4 * d_model + 2 * (d_ff or default_d_ff(d_model, swiglu))))
-    batch = 2 * share * context_length * (vocab_size + 8 * num_layers * d_model)
-    for names, need in ("--d_model, --num_layers and --d_ff", state), ("--batch_size (divided by --grad_accum)", batch):
-        require(need < memory or shard,
-                f"{names} would take {need / 1e9:,.0f} GB at least, "
-                f"and there are {memory / 1e9:,.0f}: make them smaller")
+    folder = Path(data_dir)
+    if not (folder / "vocab.json").exists():
+        raise FileNotFoundError(f"{folder} has no vocab.json: bpe.py has not run there, or not to its end; "
+                                "run it first")
+    tokenizer = Tokenizer.from_folder(folder)
+    same = not parent or (tokenizer.vocab, tokenizer.merges) == (parent[1].vocab, parent[1].merges)
+    require(same, f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
+                  f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
+    vocab = sorted(tokenizer.vocab.items())
+    tokens = [load_tokens(folder / name, len(vocab), context_length) for name in ("train.bin", "val.bin")]
+    require(eval_batches * batch_size <= len(tokens[1]), f"--eval_batches={eval_batches} of {batch_size} sequences are "
+            f"more places than the {len(tokens[1]):,} tokens of {folder / 'val.bin'} have")
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return tokenizer, *tokens, {}, math.nan
+    token_bytes = np.array([len(token) for _, token in vocab])
+    (train_crc, _), (val_crc, val_bytes) = (read_through(array, token_bytes) for array in tokens)
+    tokenizer_crc = zlib.crc32(repr((vocab, tokenizer.merges)).encode())
+    check_sums = {"train.bin": train_crc, "val.bin": val_crc, "vocab.json": tokenizer_crc}
+    for name in check_sums:
+        require(not saved or saved["data"][name] == check_sums[name], f"--resume=True: {folder / name} is another file "
+                f"than the one that {out_dir} was trained on; name its data, or another --out_dir")
+    return tokenizer, *tokens, check_sums, val_bytes
 
 
-def load_data():
-    """The tokens for training and for validation, the size of the vocabulary,
-    and the check sums by which a resumed run knows its data.
-    """
-    files = {name: Path(data_dir) / name for name in ("vocab.json", "merges.txt", "train.bin", "val.bin")}
-    vocab_size = len(Tokenizer.from_files(files["vocab.json"], files["merges.txt"]).vocab)
-    tokens = [load_tokens(files[name], vocab_size, context_length) for name in ("train.bin", "val.bin")]
-    check_sums = {name: zlib.crc32(files[name].read_bytes()) for name in ("vocab.json", "merges.txt")}
-    check_sums |= {name: zlib.crc32(array) for name, array in zip(("train.bin", "val.bin"), tokens)}
-    return *tokens, vocab_size, check_sums
+def build(vocab_size, chip, precision, parent):
+    """The model, with new weights or the parent's, and its optimiser, as the constants want them, on a device."""
+    torch.manual_seed(seed)
+    model = TransformerLM(vocab_size, **{name: globals()[name] for name in SHAPE})
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attn.output_proj.weight.mul_(residual_gain)
+            layer.ffn.w2.weight.mul_(residual_gain)
+    if parent:
+        model.load_state_dict(parent[0].state_dict())
+    if shard:
+        shard_model(model, chip.type)
+    model.to(chip)
+    rule = (Muon if optimizer == "muon" else AdamW)(parameter_groups(model), lr, (beta1, beta2), eps, weight_decay)
+    rule.fused, rule.dtype = True, precision
+    return model, rule
 
 
-def differences(there, here):
-    """In which constants another run differs from this one, beyond what a resumed run may change: a list of phrases.
-    Both are dicts.
-    """
-    return [f"{name} is {there.get(name)!r} there and {value!r} here"
-            for name, value in here.items() if name not in MAY_CHANGE and there.get(name) != value]
-
-
-def check_same_run(saved, config, check_sums):
-    """Raise UsageError, naming what differs, unless the checkpoint's run had these constants
-    and data with these check sums.
-    """
-    differing = differences(saved["config"], config)
-    differing += [f"{Path(data_dir) / name} is another file"
-                  for name in check_sums if saved["data"].get(name) != check_sums[name]]
-    require(not differing,
-            f"--resume=True: {out_dir} holds another run: {', '.join(differing)}; "
-            f"give its flags (config.json has them), or another --out_dir")
-
-
-def prepare_folder(config, done):
-    """Cut the log of a run resumed at step `done` back to there;
-    or (done 0) move an older run aside and lay down the files of a new one.
-    """
+def prepare_folder(config, tokenizer, step):
+    """Lay down the files of a run that begins (step 0) or is resumed in out_dir. An older run is moved aside first."""
     out, log = Path(out_dir), Path(out_dir) / "log.csv"
-    if done:
-        write_log(log, [row for row in read_log(log) if int(row["step"]) <= done])
-        return
-    old = [out / name for name in RESULTS if (out / name).exists()]
-    same = resume and (out / "config.json").exists() and not differences(read_config(out / "config.json"), config)
-    if old and not same:   # the same run may begin anew where it was killed before its first checkpoint
+    old = [name for name in RESULTS if (out / name).exists()]
+    # A run that was killed before its first checkpoint has its constants there, and begins again in place.
+    same = resume and (step or "config.json" in old and "best.pt" not in old)
+    if old and not same:
         here = out.resolve()
-        aside = next(path for path in (here.with_name(f"{here.name}.{i}") for i in itertools.count(1))
-                     if not path.exists())
+        aside = next(path for i in itertools.count(1) if not (path := here.with_name(f"{here.name}.{i}")).exists())
         aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
+        for name in old:
+            (out / name).rename(aside / name)
+        if init_from and Path(init_from).resolve() == here:
+            config["init_from"] = str(aside)
         print(f"{out} held a run: it is in {aside.name} now")
-    write_log(log, [])
-    for name in ("vocab.json", "merges.txt"):
-        with replacing(out / name) as temporary:
-            shutil.copyfile(Path(data_dir) / name, temporary)
-    with replacing(out / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    rows = []
+    if step:   # rows beyond the checkpoint will come again
+        if lost := [name for name in RESULTS if name not in old]:
+            print(f"{out} has lost {', '.join(lost)}: written anew, as far as ckpt.pt and {data_dir} tell")
+        if "log.csv" in old:
+            read_log(log)
+            rows = [row for row in log.read_text().splitlines(keepends=True)[1:]
+                    if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    write_text(log, "".join([",".join(COLUMNS) + "\n", *rows]))
+    write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
+    tokenizer.save(out)
 
 
-def compile_model(model, loss_of, inputs, targets):
-    """Fuse the model with torch.compile for batches of this shape;
-    or leave it, with a line of warning, where this machine cannot compile.
+def loss_of(model, inputs, targets, precision):
+    """The model's loss on some sequences, with the matrix products in this data type."""
+    with torch.autocast(inputs.device.type, precision, enabled=precision != torch.float32):
+        return model.loss(inputs, targets)
+
+
+def compile_model(model, inputs, targets, precision):
+    """Fuse the model with torch.compile for batches of this shape; or leave it, with a line of warning, where this
+    machine cannot compile.
     """
     print("compiling, up to a minute the first time (--compile=False goes without) ... ", end="", flush=True)
     begin = time.perf_counter()
@@ -751,15 +804,13 @@ def compile_model(model, loss_of, inputs, targets):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         model.compile_parts()
-        loss_of(inputs, targets).backward()
+        loss_of(model, inputs, targets, precision).backward()
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     except torch.OutOfMemoryError:
         raise   # steps that are not compiled would need even more
     except Exception as error:  # no C++ compiler, no Triton, no place for the cache: each has an exception of its own
         torch.compiler.set_stance("force_eager")
-        print("failed", flush=True)
-        print(f"warning: cannot compile here, so steps take longer: {' '.join(str(error).split())[:200]}",
-              file=sys.stderr)
+        print(f"failed, so steps take longer: {' '.join(str(error).split())[:200]}", flush=True)
     model.zero_grad()
 
 
@@ -775,252 +826,248 @@ def keep_freed_memory():
         pass   # another C library, with habits of its own
 
 
-def optimise(model, rule, loss_of, batches):
-    """One step of the optimiser `rule` along the mean gradient of some (inputs, targets);
-    return their mean loss and the gradient's norm, (2,).
-    """
-    losses = []
-    for inputs, targets in batches:
-        loss = loss_of(inputs, targets) / len(batches)
-        loss.backward()
-        losses.append(loss.detach())
-    if dist.is_initialized() and not shard:  # sharded gradients are averaged on their way back
-        average_gradients(model.parameters())
-    norm = gradient_clipping(model.parameters(), grad_clip or math.inf)
-    rule.step()
-    rule.zero_grad()
-    return torch.stack([sum(losses), norm])
-
-
-def evaluate(loss_of, tokens, parts, place):
+def evaluate(model, tokens, parts, chip, precision):
     """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
     starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64)
     # The gradient stays on, though nobody asks for it:
     # under no_grad torch.compile would compile the model a second time.
-    losses = [loss_of(*windows(tokens, row[part], context_length, place)).detach()
+    losses = [loss_of(model, *windows(tokens, row[part], context_length, chip), precision).detach()
               for row in starts.reshape(eval_batches, batch_size) for part in parts]
     return mean_over_processes(torch.stack(losses).mean()).item()
 
 
-def gpu_peak(place):
+def shorter_warmup(total):
+    """warmup_steps; for a run of fewer than twice as many steps in all, a tenth of them."""
+    if total >= 2 * warmup_steps:
+        return warmup_steps
+    print(f"{total:,.0f} steps are few for --warmup_steps={warmup_steps}: warming up over {int(total / 10)} instead")
+    return int(total / 10)
+
+
+def gpu_peak(chip):
     """FLOP/s of this GPU in dense bfloat16 products, against which MFU is counted whatever the data type;
     0 where that is not known.
     """
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else ""
+    name = torch.cuda.get_device_name(chip) if chip.type == "cuda" else ""
     return next((flops for card, flops in PEAK_FLOPS.items() if card in name), 0)
 
 
 def duration(seconds):
     """Minutes and seconds, as in 2:05."""
-    minutes, seconds = divmod(max(0, int(seconds)), 60)
+    minutes, seconds = divmod(int(min(max(0, seconds), 1e9)), 60)
     return f"{minutes}:{seconds:02}"
 
 
 def catch_signals():
-    """A list that receives the first Ctrl-C or SIGTERM, for the loop to stop after its step;
-    a second one ends the process at once.
+    """A list that receives the first Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step;
+    a second one ends the process at once, even while it waits for another process.
     """
     caught = []
-
-    def handle_both(handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+               if signal.getsignal(number) != signal.SIG_IGN]   # nohup ignores SIGHUP
 
     def note(number, frame):
         caught.append(number)
-        handle_both(signal.SIG_DFL)   # which ends it even while it waits for another process
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
-    handle_both(note)
+    for number in numbers:
+        signal.signal(number, note)
     return caught
 
 
-def check_divergence(step, rate, loss, norm, val_loss, vocab_size):
-    """Raise RuntimeError if the run diverged: a figure is not finite,
+def check_divergence(row, vocab_size):
+    """Raise FloatingPointError if the run diverged: a figure is not finite,
     or the loss is ten times that of a blind guess, log(vocab_size).
     """
-    if not math.isfinite(loss + norm + (val_loss or 0)) or loss > 10 * math.log(vocab_size):
+    loss, norm = row["train_loss"], row["grad_norm"]
+    if not math.isfinite(loss + norm + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
         checkpoint = Path(out_dir) / "ckpt.pt"
-        raise RuntimeError(f"the run diverged by step {step:,}: "
-                           f"training loss {loss:.4g}, gradient norm {norm:.4g}, lr {rate:.3g}"
-                           + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
+        raise FloatingPointError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
+                                 f"gradient norm {norm:.4g}, lr {row['lr']:.3g}"
+                                 + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
 
 
-def report(step, left, seconds, rate, loss, norm, val_loss, pace, mfu_of_one):
-    """Add a row to log.csv and print it as a line. val_loss: None between evaluations; left: seconds to the end.
-
-    pace: seconds a step; mfu_of_one: MFU at 1 token/s.
-    """
-    tokens, speed = step * batch_size * context_length, batch_size * context_length / pace
-    with open(Path(out_dir) / "log.csv", "a", encoding="utf-8") as file:
-        file.write(f"{step},{tokens},{seconds:.2f},{rate:.6g},{loss:.6f},"
-                   f"{'' if val_loss is None else f'{val_loss:.6f}'},{norm:.6f},{speed:.1f}\n")
-    print(f"step {step:,} of {'about ' if max_minutes else ''}{step + left / pace:,.0f}: "
-          f"loss {loss:.3f}{'' if val_loss is None else f', validation {val_loss:.3f}'}, "
-          f"lr {rate:.1e}, norm {norm:.2f}, "
-          f"{speed:,.0f} tokens/s{f' ({speed * mfu_of_one:.0%} MFU)' if mfu_of_one else ''}, "
+def report(row, left, total, mfu):
+    """Add a row to log.csv and print it. left, total: seconds and steps to the end; mfu: 0 where it is not known."""
+    log = Path(out_dir) / "log.csv"
+    cells = {**row, "val_loss": "" if row["val_loss"] is None else f"{row['val_loss']:.6f}"}
+    try:
+        with open(log, "a", encoding="utf-8", newline="\n") as file:
+            file.write("{step},{tokens},{seconds:.2f},{lr:.6g},{train_loss:.6f},{val_loss},{grad_norm:.6f},"
+                       "{tokens_per_second:.1f}\n".format(**cells))
+    except OSError as error:   # a failing write does not say where
+        raise OSError(error.errno, error.strerror, str(log)) from None
+    validation = "" if row["val_loss"] is None else f", validation {row['val_loss']:.3f}"
+    print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
+          f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
+          f"{row['tokens_per_second']:,.0f} tokens/s{f' ({mfu:.0%} MFU)' * bool(mfu)}, "
           f"{duration(left)} left", flush=True)
 
 
-def build(vocab_size, place, kind):
-    """The model and its optimiser, as the constants want them, on a device."""
-    torch.manual_seed(seed)
-    model = TransformerLM(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, rope_theta,
-                          post_norm, rms_norm, rope, swiglu, tie_embeddings)
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.attn.output_proj.weight.mul_(residual_gain)
-            layer.ffn.w2.weight.mul_(residual_gain)
-    if shard:
-        shard_model(model, place)
-    model.to(place)
-    hyper = parameter_groups(model), lr, (beta1, beta2), eps, weight_decay, fused
-    return model, Muon(*hyper, kind) if optimizer == "muon" else AdamW(*hyper)
-
-
-class Run:
-    """A model in training, with all that a checkpoint must bring back
-    for a resumed run to go on as if it had never stopped.
-    """
-
-    def __init__(self, config, train_tokens, val_tokens, vocab_size, check_sums, rank, processes):
-        self.config, self.train_tokens, self.val_tokens, self.check_sums = config, train_tokens, val_tokens, check_sums
-        self.place, self.kind = choose_device(int(os.environ.get("LOCAL_RANK", 0)))
-        require(processes == 1 or self.place.type != "mps",
-                "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
-        if processes > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.place.type == "cuda" else "gloo")
-        self.share = batch_size // processes // grad_accum   # sequences that go through the model at once
-        parts = range(rank * grad_accum, (rank + 1) * grad_accum)
-        self.parts = [slice(i * self.share, (i + 1) * self.share) for i in parts]   # this process's rows of each batch
-        check_memory(vocab_size, self.share, self.place)
-        self.model, self.rule = build(vocab_size, self.place, self.kind)
-        print(f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
-              f"{f'{processes} processes on ' * (processes > 1)}{self.place.type}, "
-              f"{str(self.kind).removeprefix('torch.')}")
-        self.checkpoint = Path(out_dir) / "ckpt.pt"
-        # Steps and seconds so far;
-        # loss and gradient norm, summed up over the `count` steps since the last row of the log.
-        self.step, self.earlier, self.sums, self.count = 0, 0.0, torch.zeros(2, device=self.place), 0
-        if resume and self.checkpoint.exists():
-            self.restore()
-
-    def restore(self):
-        """Go back to where the checkpoint stands. Raises UsageError if it is of another run."""
-        saved = read_checkpoint(self.checkpoint)
-        require({"config", "data", "seconds", "sums", "count"} <= saved.keys(),
-                f"--resume=True: {self.checkpoint} holds weights, but no run to continue")
-        check_same_run(saved, self.config, self.check_sums)
-        self.step, self.earlier = load_checkpoint(saved, self.model, self.rule), saved["seconds"]
-        self.sums, self.count = saved["sums"].to(self.place), saved["count"]
-        print(f"{self.checkpoint} stands at step {self.step:,}")
-
-    def save(self):
-        save_checkpoint(self.model, self.rule, self.step, self.checkpoint, config=self.config, data=self.check_sums,
-                        seconds=self.clock(), sums=mean_over_processes(self.sums), count=self.count)
-
-    def clock(self):
-        """Seconds that the run has taken, those before a resumption included."""
-        return self.earlier + time.perf_counter() - STARTED
-
-    def loss_of(self, inputs, targets):
-        """The model's loss on a part of a batch, with the matrix products in the chosen data type."""
-        with torch.autocast(self.place.type, self.kind, enabled=self.kind != torch.float32):
-            return self.model.loss(inputs, targets)
-
-    def advance(self, rate):
-        """Take one step at this learning rate."""
-        self.step += 1
-        for group in self.rule.param_groups:
-            group["lr"] = rate * group["scale"]
-        # Each part draws the starts of the whole batch again, from the same seed, and reads its own rows.
-        batches = [get_batch(self.train_tokens, batch_size, context_length, self.place,
-                             generator_of_step(seed, self.step), part)
-                   for part in self.parts]
-        self.sums += optimise(self.model, self.rule, self.loss_of, batches)
-        self.count += 1
-
-    def validate(self):
-        """The loss on the validation tokens."""
-        return evaluate(self.loss_of, self.val_tokens, self.parts, self.place)
-
-
-def train(config, train_tokens, val_tokens, vocab_size, check_sums, rank, processes):
-    """One run in out_dir, from step 0 or from its checkpoint to the end; return the exit status.
-    Only the process of rank 0 writes.
-    """
-    keep_freed_memory()
-    run = Run(config, train_tokens, val_tokens, vocab_size, check_sums, rank, processes)
-    log, picture, peak = Path(out_dir) / "log.csv", Path(out_dir) / "curves.svg", gpu_peak(run.place) * processes
-    # model FLOPs utilisation at one token a second, where it is known
-    mfu_of_one = training_flops(run.model) / peak if peak else 0.0
-    if rank == 0:
-        prepare_folder(config, run.step)
-    if compile:
-        compile_model(run.model, run.loss_of, *windows(train_tokens, [0] * run.share, context_length, run.place))
-
-    budget, horizon = 60 * max_minutes, steps   # seconds; the step at which the run ends
-    if max_minutes:   # the end is rehearsed, to know how much of the time it takes; and Python takes a second to leave
-        begin = run.clock()
-        run.validate()
-        run.save()
-        budget -= largest(1.5 * (run.clock() - begin) + 1.5)[0]
-        # one clock for all: their rates must be equal
-        horizon = run.step * budget / largest(run.clock())[0] if run.step else math.inf
-    if run.step >= horizon:
-        print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes
-              else f"{out_dir} holds all of its {run.step:,} steps already")
-        return 0
-
-    caught, row_step, row_end, last, stop = catch_signals(), run.step, run.clock(), False, 0
-    while not (last or stop):
-        begin = run.clock()
-        rate = get_lr_cosine_schedule(run.step + 1, lr, min_lr, warmup_steps, horizon)
-        run.advance(rate)
-        # when one more step would end; the signal that any process got
-        next_end, stop = largest(2 * run.clock() - begin, *(caught or [0]))
-        if max_minutes:   # the share of the steps that is done is that of the time: the rate falls with the clock
-            horizon = max(run.step, run.step * budget / next_end)
-        last = run.step >= horizon
-        evaluating = last or run.step % eval_interval == 0
-        due = evaluating or run.step % log_interval == 0 or run.step == 1
-        if due or stop:
-            # waits for the device, which other steps do not
-            loss, norm = (mean_over_processes(run.sums) / run.count).tolist()
-            seconds = run.clock()
-            val_loss = run.validate() if evaluating else None
-            check_divergence(run.step, rate, loss, norm, val_loss, vocab_size)
-        if due:
-            if rank == 0:
-                pace = (seconds - row_end) / (run.step - row_step)
-                left = (0 if last else budget - seconds) if max_minutes else pace * (steps - run.step)
-                report(run.step, left, seconds, rate, loss, norm, val_loss, pace, mfu_of_one)
-            run.sums.zero_()
-            run.count = 0
-        if evaluating or stop:
-            run.save()
-            if rank == 0:
-                draw_curves({out_dir: read_log(log)}, picture)
-        if due:
-            row_step, row_end = run.step, run.clock()   # evaluations do not count into the speed
-    if not last:
-        print(f"stopped at step {run.step:,}; --resume=True goes on from there")
-        return 128 + int(stop)
-    print(f"{run.step * batch_size * context_length:,} tokens in {duration(run.clock())}: "
-          f"validation loss {val_loss:.4f}, perplexity {perplexity(val_loss):.1f}; {picture} shows the way")
-    return 0
-
-
 def main():
-    config = configure(globals())
-    if compare:
-        return compare_runs([Path(folder) for folder in compare.split(",") if folder])
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    check_flags(processes)
-    loaded = load_data()
+        sys.stdout = open(os.devnull, "w")   # rank 0 speaks for all
+    with redirect_stderr(sys.stdout if rank else sys.stderr):
+        config = configure(globals())
+    if compare:
+        return compare_runs()
+    config, saved, parent = adopt_runs(config)
+    check_flags(config, processes)
+    chip = choose_device(device)
+    precision = choose_precision(chip)
+    require(processes == 1 or chip.type != "mps",
+            "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
+    tokenizer, train_tokens, val_tokens, check_sums, val_bytes_per_token = load_data(saved, parent)
+    config["val_bytes_per_token"] = val_bytes_per_token
+    vocab_size = len(tokenizer.vocab)
+    keep_freed_memory()
+    if chip.type == "cuda":
+        torch.cuda.set_device(chip)
+        torch.set_float32_matmul_precision("high")   # TF32
+    if processes > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chip.type == "cuda" else "gloo")
+
     with only_run_in(out_dir) if rank == 0 else nullcontext():
-        status = train(config, *loaded, rank, processes)
+        # the run: a new one, or where the checkpoint stands
+        model, rule = build(vocab_size, chip, precision, parent)
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{size:,} parameters, {len(train_tokens):,} training tokens; "
+              f"{f'{processes} processes on ' * (processes > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
+        step, earlier, best, best_step, warmup = 0, 0.0, math.inf, 0, warmup_steps
+        # loss and gradient norm, summed up over the `count` steps since the last row of the log
+        sums, count = torch.zeros(2, device=chip), 0
+        checkpoint, best_file = Path(out_dir) / "ckpt.pt", Path(out_dir) / "best.pt"
+        if saved:
+            step, (earlier, sums, count, best, best_step, warmup) = load_checkpoint(saved, model, rule), saved["run"]
+            sums = sums.to(chip)
+            print(f"{checkpoint} stands at step {step:,}")
+        saved = parent = None   # their weights take memory
+
+        def clock():
+            """Seconds that the run has taken, those before it was resumed included."""
+            return earlier + time.perf_counter() - STARTED
+
+        def save():
+            run = clock(), mean_over_processes(sums), count, best, best_step, warmup
+            save_checkpoint(model, rule, step, checkpoint, config=config, data=check_sums, run=run)
+
+        def save_best():
+            write_checkpoint(dict(model=model.state_dict(), config=config), best_file)
+
+        # this process's rows of each batch, in the parts that go through the model at once
+        share = batch_size // processes // grad_accum
+        parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
+        if rank == 0:
+            prepare_folder(config, tokenizer, step)
+            free, need = shutil.disk_usage(out_dir).free, size * (12 if step else 28)   # ckpt.pt twice, best.pt once
+            if free < need:
+                raise OSError(f"{out_dir} has room for {free / 1e6:,.0f} MB, "
+                              f"but this model's checkpoints take {need / 1e6:,.0f}: "
+                              "make room, or name another --out_dir")
+        if best_step == step > 0:
+            save_best()   # the run may have been killed between ckpt.pt and best.pt
+        elif not best_file.exists():
+            best, best_step = math.inf, 0   # lost: the next evaluation writes it
+        if compile:
+            compile_model(model, *windows(train_tokens, [0] * share, context_length, chip), precision)
+
+        budget, horizon = 60 * max_minutes, steps   # in seconds; the step at which the run ends
+        if max_minutes:
+            # An evaluation and a checkpoint now tell how much time to leave for the last; Python takes a second to end.
+            begin = clock()
+            evaluate(model, val_tokens, parts, chip, precision)
+            save()
+            budget -= largest(1.5 * (clock() - begin) + 1.5)[0]
+            # The share of the steps that is done is that of the time. One clock for all: their rates must be equal.
+            horizon = step * budget / largest(clock())[0] if step else math.inf
+        else:
+            warmup = shorter_warmup(steps)
+        if step >= horizon:
+            print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes
+                  else f"{out_dir} holds all of its {step:,} steps already")
+        peak = gpu_peak(chip) * processes   # model FLOPs utilisation is counted against it, where it is known
+        flops = training_flops(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu) if peak else 0
+
+        caught, failure, stop, status, val_loss = catch_signals(), None, 0, 0, None
+        row_step, row_end = step, clock()
+        while step < horizon and not stop:
+            # one step
+            begin, step = clock(), step + 1
+            rate = get_lr_cosine_schedule(step, lr, min_lr, warmup, horizon)
+            for group in rule.param_groups:
+                group["lr"] = rate * group["scale"]
+            for part in parts:   # each draws the places of the whole batch, from the same seed, and reads its own rows
+                inputs, targets = get_batch(train_tokens, batch_size, context_length, chip,
+                                            generator_of_step(seed, step), part)
+                loss = loss_of(model, inputs, targets, precision) / len(parts)
+                loss.backward()
+                sums[0] += loss.detach()
+            if processes > 1 and not shard:   # sharded gradients are averaged on their way back
+                average_gradients(model.parameters())
+            sums[1] += whole(gradient_clipping(model.parameters(), grad_clip or math.inf))
+            rule.step()
+            rule.zero_grad()
+            count += 1
+
+            # when one more step would end, and the signal that any process received
+            next_end, stop = largest(2 * clock() - begin, max(caught, default=0))
+            if max_minutes:
+                horizon = max(step, step * budget / next_end)   # the rate falls with the clock
+                if step == 5:   # the pace, without compilation, tells how many steps it will be
+                    pace = (clock() - row_end) / (step - row_step)
+                    warmup = shorter_warmup(*largest(step + (budget - clock()) / pace))
+            evaluating = step >= horizon or step % eval_interval == 0
+            due = evaluating or step % log_interval == 0 or step == 1
+            if not (due or stop):
+                continue
+
+            # log: reading the sums waits for the device, which other steps do not
+            train_loss, norm = (mean_over_processes(sums) / count).tolist()
+            seconds = clock()
+            pace = (seconds - row_end) / (step - row_step)
+            val_loss = evaluate(model, val_tokens, parts, chip, precision) if evaluating else None
+            row = dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
+                       train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
+                       tokens_per_second=batch_size * context_length / pace)
+            check_divergence(row, vocab_size)
+            if due:
+                if rank == 0 and not failure:
+                    left = pace * (steps - step) if not max_minutes else max(0, budget - seconds) * (step < horizon)
+                    try:
+                        report(row, left, step + left / pace, peak and row["tokens_per_second"] * flops / peak)
+                    except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
+                        failure = error
+                        caught.append(signal.SIGTERM)
+                sums.zero_()
+                count = 0
+
+            # save
+            if evaluating and val_loss < best:
+                best, best_step = val_loss, step
+            if evaluating or stop:
+                save()
+                if best_step == step:
+                    save_best()
+                if rank == 0 and not failure:
+                    log = read_log(Path(out_dir) / "log.csv")
+                    if log["step"].size:   # a resumed run that had lost its log may have no row yet
+                        draw_curves({out_dir: log}, Path(out_dir) / "curves.svg")
+            row_step, row_end = step, clock()   # evaluations do not count into the speed
+
+        if failure:
+            raise failure
+        if step < horizon:
+            print(f"stopped at step {step:,}; --resume=True goes on from there")
+            status = 128 + int(stop)
+        elif val_loss is not None:
+            better = "" if best_step == step else f" (best {best:.4f} at step {best_step:,}, in {best_file})"
+            print(f"{step * batch_size * context_length:,} tokens in {duration(clock())}: "
+                  f"validation loss {val_loss:.4f}{better}, perplexity {math.exp(min(val_loss, 700)):.1f}, "
+                  f"{bits_per_byte(val_loss, val_bytes_per_token):.4f} bits per byte"
+                  + f" (best {bits_per_byte(best, val_bytes_per_token):.4f})" * bool(better)
+                  + f"; {Path(out_dir) / 'curves.svg'} shows the curves")
     if processes > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
@@ -1031,5 +1078,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), one_voice():
         main()
