@@ -947,7 +947,7 @@ def one_line_errors():
         message, status = "interrupted", 130
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
-    except (ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
+    except (InputError, MemoryError, FloatingPointError) as error:
         message, status = str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1
     print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)
