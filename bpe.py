@@ -60,7 +60,7 @@ OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt,
 BLOCK = 1 << 22    # bytes of text that a worker process takes at a time
 SLICE = 1 << 20    # bytes in one pass of the array code
 SHORT = 15         # bytes of the longest word that distinct_words handles as two numbers
-TOGETHER = 2048    # new words that are merged together
+TOGETHER = 4096    # new words that are merged together
 LONG = 1 << 13     # bytes above which a word is merged in another way
 CACHE = 1 << 26    # bytes of words and token ids that a tokenizer remembers
 NEVER = 2 ** 31 - 1                                # the rank of a pair that no merge joins
@@ -259,9 +259,10 @@ def distinct_words(text, special):
     places, lengths = pretokenise(text, special)
     # A word as two numbers: its bytes, then zeros, and its length in the last byte. For a long word, its place.
     eight = np.ndarray(len(text) + 9, "<u8", text + bytes(16), strides=(1,))   # eight[p] is text[p:p + 8] as a number
-    size = np.minimum(lengths, SHORT + 1)
-    low, high = eight[places] & MASKS[0][size], eight[places + 8] & MASKS[1][size]
-    high |= np.where(size > SHORT, places, size << 56).astype(np.uint64)
+    size, long = np.minimum(lengths, SHORT + 1), lengths > SHORT
+    low = eight[places] & MASKS[0][size]
+    high = eight[places + 8] & MASKS[1][size] | size.astype(np.uint64) << 56
+    low[long] = places[long]
     # Sort by a hash of both, so that equal words become neighbours. The word's index replaces the lowest bits of the
     # hash: then np.sort does the work of np.argsort in a fifth of the time.
     bits = len(places).bit_length()
@@ -684,7 +685,8 @@ class Tokenizer:
         triples = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
         self.triples = np.array(triples, np.int64).reshape(-1, 3)
         self.pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # the last one is no pair
-        self.by_pair = np.argsort(self.pairs)
+        self.sorted_ranks = np.argsort(self.pairs)
+        self.sorted_pairs = self.pairs[self.sorted_ranks]
         self.byte_ids = np.array([ids[token] for token in BYTES])
         self.lengths = np.array([len(self.vocab[number]) for number in range(len(self.vocab))])
         self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
@@ -745,8 +747,8 @@ class Tokenizer:
 
     def rank(self, pairs):
         """The rank of pairs left << 32 | right: their place in the order of merges, or NEVER."""
-        found = self.by_pair[np.searchsorted(self.pairs, pairs, sorter=self.by_pair)]
-        return np.where(self.pairs[found] == pairs, found, NEVER)
+        found = np.searchsorted(self.sorted_pairs, pairs)
+        return np.where(self.sorted_pairs[found] == pairs, self.sorted_ranks[found], NEVER)
 
     def merge_words(self, words):
         """plain_encode for many words (list[bytes]) at once: {word: its token ids, as bytes of self.dtype}.
