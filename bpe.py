@@ -535,7 +535,7 @@ def group_by_pair(pairs, places):
 def frequent_pairs(corpus, count, word_of, places, floor):
     """Yield (occurrences, left, right, places) of each pair at these places that occurs `floor` times or more.
 
-    count: (words,) how often each word of the corpus occurs; word_of: (N,) the index of each cell's word.
+    count (words,): how often each word of the corpus occurs. word_of (N,): the index of each cell's word.
     """
     pairs, starts, stops, places = group_by_pair(corpus.pairs(places), places)
     occurs = np.add.reduceat(count[word_of[places]], starts)
@@ -919,9 +919,9 @@ def configure(constants, arguments=None):
         parser.add_argument(f"--{name}", default=constants[name], type=flag_type(constants[name]),
                             metavar=str(constants[name]), help=comment.replace("%", "%%"))
     words = list(sys.argv[1:] if arguments is None else arguments)
-    for i in range(len(words) - 1, 0, -1):   # join "--lr -1e-3": argparse would take the value for a flag
-        if words[i - 1].startswith("--") and words[i - 1][2:] in comments and not words[i].startswith("--"):
-            words[i - 1:i + 1] = [f"{words[i - 1]}={words[i]}"]
+    for i, word in enumerate(words):   # join "--lr -1e-3": argparse would take the value for a flag
+        if word[2:] in comments and words[i + 1:] and not words[i + 1].startswith("--"):
+            words[i:i + 2] = [f"{word}={words[i + 1]}"]
     flags = vars(parser.parse_args(words))
     constants.update(flags)
     return flags
@@ -943,8 +943,7 @@ def one_line_errors():
         sys.stdout.flush()
         return
     except BrokenPipeError:   # the reader of our output has left, as `| head` does: there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        os._exit(1)           # without a last attempt to write
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except OSError as error:
@@ -1111,7 +1110,7 @@ def main():
         train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in specials])
         if not tokenizer_dir:
             tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
-        tables = dict(zip((folder / "vocab.json", folder / "merges.txt"), tokenizer.file_contents()))
+        tables = dict(zip([folder / name for name in OUTPUTS], tokenizer.file_contents()))
         if all(path.exists() and path.read_bytes() == content for path, content in tables.items()):
             tables = {}   # the ids of the older run have the same meaning
         outputs = *tables, folder / "train.bin", folder / "val.bin"
@@ -1129,12 +1128,11 @@ def main():
     if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
         print("the text has no more pairs to merge: "
               f"the vocabulary ends at {len(tokenizer.vocab)} tokens, short of {vocab_size}")
-    print("seconds: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in SECONDS.items())
-          + f"; {time.perf_counter() - began:.2f} in all")
+    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in SECONDS.items())
+    print(f"seconds: {phases}; {time.perf_counter() - began:.2f} in all")
     print(f"peak memory: {peak_memory()}")
-    longest = sorted(tokenizer.vocab.values(), key=len, reverse=True)[:5]
-    print("longest tokens: "
-          + ", ".join(f"{token.decode(errors='replace')!r} ({len(token)} bytes)" for token in longest))
+    longest = sorted(tokenizer.vocab.values(), key=len)[-5:]
+    print("longest tokens:", ", ".join(f"{token.decode(errors='replace')!r} ({len(token)} bytes)" for token in longest))
     print(f"bytes per token: {train_stop / train_tokens:.3f} in training, "
           f"{val_size / val_tokens:.3f} in validation text")
     print(f"encoding: {speed:.1f} MB/s; the Pile (825 GB) would take {825e3 / speed / 3600:.1f} hours")
