@@ -19,9 +19,10 @@ import os
 import time
 STARTED = time.perf_counter()  # before torch, whose import takes seconds of what --max_minutes grants
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
-# from a second run: two at once on two cores did 200 to 6,600 tokens/s together, where one alone does 15,000. After
-# 1,000 turns they now sleep: 12,140 together, for at most 5 % of one alone.
+# from a second run. After 1,000 turns they now sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Of many processes, those that are left when one has failed would each print 17 lines about the lost connection.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
 import ctypes
 import glob
@@ -202,8 +203,8 @@ def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
 class Rule(torch.optim.Optimizer):
     """What SGD, AdamW and Muon share: a step calls update(p, g, state, ...) for every parameter p with a gradient g.
 
-    `state` (dict) is what the rule remembers of p; the rest are the options of p's group, such as lr, and t, the number
-    of this step, from 1.
+    `state` (dict) is what the rule remembers of p. The rest are the options of p's group, such as lr, and t, the number
+    of this step, from 1; each rule names those that it needs.
     """
 
     def __init__(self, params, **options):
@@ -214,10 +215,9 @@ class Rule(torch.optim.Optimizer):
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             group["t"] += 1
-            options = {name: value for name, value in group.items() if name != "params"}
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, p.grad, self.state[p], **options)
+                    self.update(p, p.grad, self.state[p], **group)
         return loss
 
 
@@ -231,7 +231,7 @@ class SGD(Rule):
             raise ValueError(f"the learning rate {lr} is negative")
         super().__init__(params, lr=lr)
 
-    def update(self, p, g, state, lr, t):
+    def update(self, p, g, state, lr, t, **more):
         p.sub_(lr / math.sqrt(t) * g)
 
 
@@ -331,7 +331,7 @@ class Muon(AdamW):
 def parameter_groups(model):
     """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings.
 
-    In every step the rate of a group is its `scale` times the schedule's.
+    In every step the rate of a group is the schedule's times its `scale`, or 1.
     """
     inside = [p for p in model.layers.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() == 1]
@@ -473,6 +473,7 @@ def shard_model(model, kind):
 def one_voice():
     """Let one process alone speak: rank 0, or the first that fails, about its error. The others end silently."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
+    # a table that all processes share; each waits here for the others
     store = next(dist.rendezvous("env://"))[0] if processes > 1 else None
     if rank > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -503,15 +504,15 @@ def write_text(path, text):
 
 
 def read_log(path):
-    """The columns of a log.csv: {name: array}, with NaN where val_loss is empty. A last row that was cut off is left
+    """The columns of a log.csv: {name: list}, with NaN where val_loss is empty. A last row that was cut off is left
     out. Raises InputError (a ValueError) for anything but finite numbers under these names.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row[COLUMNS[-1]]]
         log = {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
-        if any(row[name] and not math.isfinite(value) or not row[name] and name != "val_loss"
-               for name, values in log.items() for row, value in zip(rows, values)):
+        cells = [float(row[name]) for row in rows for name in COLUMNS if row[name] or name != "val_loss"]
+        if not all(map(math.isfinite, cells)):
             raise ValueError
     except (KeyError, TypeError, ValueError, csv.Error):
         raise InputError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}") from None
@@ -577,19 +578,19 @@ def compare_runs():
         found = [path for path in (pattern, *sorted(glob.glob(pattern))) if os.path.exists(f"{path}/log.csv")]
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
         logs.update((folder, read_log(f"{folder}/log.csv")) for folder in found)
-    if empty := [folder for folder, log in logs.items() if not log["step"]]:
-        raise InputError(f"{empty[0]}/log.csv has no rows yet")
     configs = [read_config(f"{folder}/config.json") for folder in logs]
     differing = [name for name in configs[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
                  and len({str(config.get(name)) for config in configs}) > 1]
-    table = [["run", *differing, "step", "tokens", "seconds", "train loss", "val loss", "bits/byte", "best val", "bits/byte"]]
+    table = [["run", *differing, "step", "tokens", "seconds", "train loss",
+              "val loss", "bits/byte", "best val", "bits/byte"]]
     for (folder, log), config in zip(logs.items(), configs):
+        if not log["step"]:
+            raise InputError(f"{folder}/log.csv has no rows yet")
         validations = [loss for loss in log["val_loss"] if loss == loss] or [math.nan]   # NaN: no evaluation was due
-        last, best, per_token = validations[-1], min(validations), config.get("val_bytes_per_token", math.nan)
         table.append([folder, *(str(config.get(name)) for name in differing), f"{log['step'][-1]:,.0f}",
-                      f"{log['tokens'][-1]:,.0f}", f"{log['seconds'][-1]:,.0f}", f"{log['train_loss'][-1]:.4f}",
-                      f"{last:.4f}", f"{bits_per_byte(last, per_token):.4f}",
-                      f"{best:.4f}", f"{bits_per_byte(best, per_token):.4f}"])
+                      f"{log['tokens'][-1]:,.0f}", f"{log['seconds'][-1]:,.0f}", f"{log['train_loss'][-1]:.4f}"])
+        for loss in (validations[-1], min(validations)):
+            table[-1] += [f"{loss:.4f}", f"{bits_per_byte(loss, config.get('val_bytes_per_token', math.nan)):.4f}"]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(map(str.rjust, row, widths)))
@@ -643,8 +644,8 @@ def check_flags(config, processes):
     may_be_0 = ("d_ff", "residual_gain", "embedding_scale", "muon_lr", "min_lr", "warmup_steps", "beta1", "beta2",
                 "weight_decay", "grad_clip", "max_minutes", "seed")
     for name, value in config.items():
-        if isinstance(value, (int, float)):
-            require(value > 0 or value == 0 and (name in may_be_0 or value is False),
+        if type(value) in (int, float):
+            require(value > 0 or value == 0 and name in may_be_0,
                     f"--{name}={value}: must be {'at least' if name in may_be_0 else 'above'} 0")
     require(optimizer in ("adamw", "muon"), f"--optimizer={optimizer}: choose adamw or muon")
     require(dtype in ("", "float32", "bfloat16"), f"--dtype={dtype}: choose float32 or bfloat16")
@@ -653,9 +654,9 @@ def check_flags(config, processes):
     require(data_dir and out_dir, "--data_dir or --out_dir is empty: name a folder")
     require(Path(data_dir).resolve() != Path(out_dir).resolve(),
             f"--out_dir={out_dir} is --data_dir too: a run needs a folder of its own")
-    require(d_model % num_heads == 0, f"--num_heads={num_heads} does not divide --d_model={d_model}")
-    require(not rope or d_model // num_heads % 2 == 0, f"--num_heads={num_heads} gives heads of the odd width "
-            f"{d_model // num_heads}, but RoPE turns pairs: choose another, or --rope=False")
+    require(d_model % (2 * num_heads if rope else num_heads) == 0,
+            f"--num_heads={num_heads} must divide --d_model={d_model}, and into heads of an even width, "
+            "because RoPE turns pairs; --rope=False takes odd ones")
     require(batch_size % (processes * grad_accum) == 0,
             f"--batch_size={batch_size} sequences cannot be split evenly over "
             f"{processes} processes times --grad_accum={grad_accum} parts")
@@ -709,16 +710,17 @@ def load_data(saved, parent):
         return tokenizer, *tokens, {}, math.nan
     token_bytes = np.array([len(token) for _, token in vocab])
     (train_crc, _), (val_crc, val_bytes) = (read_through(array, token_bytes) for array in tokens)
-    tokenizer_crc = zlib.crc32(repr((vocab, tokenizer.merges)).encode())
-    check_sums = {"train.bin": train_crc, "val.bin": val_crc, "vocab.json": tokenizer_crc}
-    for name in check_sums:
-        require(not saved or saved["data"][name] == check_sums[name], f"--resume=True: {folder / name} is another file "
-                f"than the one that {out_dir} was trained on; name its data, or another --out_dir")
+    check_sums = {"train.bin": train_crc, "val.bin": val_crc,
+                  "vocab.json": zlib.crc32(repr((vocab, tokenizer.merges)).encode())}
+    for name, crc in check_sums.items():
+        require(not saved or saved["data"][name] == crc, f"--resume=True: {folder / name} is another file than the one "
+                f"that {out_dir} was trained on; name its data, or another --out_dir")
     return tokenizer, *tokens, check_sums, val_bytes
 
 
 def build(vocab_size, chip, precision, parent):
-    """The model, with new weights or the parent's, and its optimiser, as the constants want them, on a device."""
+    """The model, with new weights or the parent's, and its optimiser (`rule`), as the constants want them, on a device.
+    """
     torch.manual_seed(seed)
     model = TransformerLM(vocab_size, **{name: globals()[name] for name in SHAPE})
     with torch.no_grad():
@@ -730,6 +732,8 @@ def build(vocab_size, chip, precision, parent):
     if shard:
         shard_model(model, chip.type)
     model.to(chip)
+    # from here on, the loss comes with its matrix products in this data type
+    model.loss = torch.autocast(chip.type, precision, enabled=precision != torch.float32)(model.loss)
     rule = (Muon if optimizer == "muon" else AdamW)(parameter_groups(model), lr, (beta1, beta2), eps, weight_decay)
     rule.fused, rule.dtype = True, precision
     return model, rule
@@ -768,13 +772,7 @@ def prepare_folder(config, tokenizer, step):
     tokenizer.save(out)
 
 
-def loss_of(model, inputs, targets, precision):
-    """The model's loss on some sequences, with the matrix products in this data type."""
-    with torch.autocast(inputs.device.type, precision, enabled=precision != torch.float32):
-        return model.loss(inputs, targets)
-
-
-def compile_model(model, inputs, targets, precision):
+def compile_model(model, inputs, targets):
     """Fuse the model with torch.compile for batches of this shape; or leave it, with a line of warning, where this
     machine cannot compile.
     """
@@ -784,7 +782,7 @@ def compile_model(model, inputs, targets, precision):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         model.compile_parts()
-        loss_of(model, inputs, targets, precision).backward()
+        model.loss(inputs, targets).backward()
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     except torch.OutOfMemoryError:
         raise   # steps that are not compiled would need even more
@@ -806,13 +804,13 @@ def keep_freed_memory():
         pass   # another C library, with habits of its own
 
 
-def evaluate(model, tokens, parts, chip, precision):
+def evaluate(model, tokens, parts, chip):
     """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
     starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64)
     # The gradient stays on, though nobody asks for it:
     # under no_grad torch.compile would compile the model a second time.
-    losses = [loss_of(model, *windows(tokens, row[part], context_length, chip), precision).detach()
-              for row in starts.reshape(eval_batches, batch_size) for part in parts]
+    losses = [model.loss(*windows(tokens, batch[part], context_length, chip)).detach()
+              for batch in np.split(starts, eval_batches) for part in parts]
     mean = torch.stack(losses).mean()
     average([mean])
     return mean.item()
@@ -896,8 +894,7 @@ def main():
     precision = choose_precision(chip)
     require(processes == 1 or chip.type != "mps",
             "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
-    tokenizer, train_tokens, val_tokens, check_sums, val_bytes_per_token = load_data(saved, parent)
-    config["val_bytes_per_token"] = val_bytes_per_token
+    tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
     vocab_size = len(tokenizer.vocab)
     keep_freed_memory()
     if chip.type == "cuda":
@@ -912,7 +909,7 @@ def main():
         size = sum(p.numel() for p in model.parameters())
         print(f"{size:,} parameters, {len(train_tokens):,} training tokens; "
               f"{f'{processes} processes on ' * (processes > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
-        # sums: of the losses and gradient norms since the last row of the log, and how many they are
+        # sums: on the device, of the losses and gradient norms since the last row of the log, and how many they are
         step, earlier, sums, best, best_step, warmup = 0, 0.0, torch.zeros(3), math.inf, 0, warmup_steps
         log, checkpoint, best_file, picture = (
             Path(out_dir) / name for name in ("log.csv", "ckpt.pt", "best.pt", "curves.svg"))
@@ -922,7 +919,9 @@ def main():
         sums, saved, parent = sums.to(chip), None, None   # the weights in the last two take memory
         if rank == 0:
             prepare_folder(config, tokenizer, step)
-            free, need = shutil.disk_usage(out_dir).free, size * (12 if step else 28)   # ckpt.pt twice, best.pt once
+            # A parameter and its two moments take 12 bytes. A new ckpt.pt is whole before the old one goes, so a new
+            # run needs room for two, and for best.pt.
+            free, need = shutil.disk_usage(out_dir).free, size * (12 if step else 2 * 12 + 4)
             if free < need:
                 raise OSError(f"{out_dir} has room for {free / 1e6:,.0f} MB, "
                               f"but this model's checkpoints take {need / 1e6:,.0f}: "
@@ -934,7 +933,7 @@ def main():
         share = batch_size // processes // grad_accum
         parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
         if compile:
-            compile_model(model, *windows(train_tokens, [0] * share, context_length, chip), precision)
+            compile_model(model, *windows(train_tokens, [0] * share, context_length, chip))
 
         def clock():
             """Seconds that the run has taken, those before it was resumed included."""
@@ -945,8 +944,8 @@ def main():
                             run=(clock(), sums, best, best_step, warmup))
 
         def horizon_at(seconds):
-            """The step at which the run ends. With --max_minutes, the share of the steps that is done is that of the
-            time.
+            """The step at which the run ends. With --max_minutes, as many steps are left as the time that is left will
+            take, if the steps to come take as long as the mean of those before.
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
@@ -954,7 +953,7 @@ def main():
         if max_minutes:
             # An evaluation and a checkpoint now tell how much time to leave for the last; Python takes a second to end.
             begin = clock()
-            evaluate(model, val_tokens, parts, chip, precision)
+            evaluate(model, val_tokens, parts, chip)
             save()
             budget -= largest(1.5 * (clock() - begin) + 1.5)[0]
         else:
@@ -976,7 +975,7 @@ def main():
             for part in parts:   # each draws the places of the whole batch, from the same seed, and reads its own rows
                 inputs, targets = get_batch(train_tokens, batch_size, context_length, chip,
                                             generator_of_step(seed, step), part)
-                loss = loss_of(model, inputs, targets, precision) / len(parts)
+                loss = model.loss(inputs, targets) / len(parts)
                 loss.backward()
                 sums[0] += loss.detach()
             if not shard:   # sharded gradients are averaged on their way back
@@ -1002,7 +1001,7 @@ def main():
             train_loss, norm = (sums[:2] / sums[2]).tolist()
             seconds = clock()
             pace = (seconds - row_end) / (step - row_step)
-            val_loss = evaluate(model, val_tokens, parts, chip, precision) if evaluating else None
+            val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             row = dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                        train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
                        tokens_per_second=batch_size * context_length / pace)
@@ -1021,7 +1020,8 @@ def main():
                 sums.zero_()
 
             # save
-            if evaluating and val_loss < best:   # before ckpt.pt, which says that it is there
+            # best.pt comes first: a run that is killed after it goes on from the ckpt.pt before, and writes it again
+            if evaluating and val_loss < best:
                 best, best_step = val_loss, step
                 write_checkpoint(dict(model=model.state_dict(), config=config), best_file)
             if evaluating or stop:
@@ -1034,12 +1034,10 @@ def main():
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         elif val_loss is not None:
             better = "" if best_step == step else f" (best {best:.4f} at step {best_step:,}, in {best_file})"
-            bits = f"{bits_per_byte(val_loss, val_bytes_per_token):.4f} bits per byte"
-            if better:
-                bits += f" (best {bits_per_byte(best, val_bytes_per_token):.4f})"
+            bits, best_bits = (bits_per_byte(loss, config["val_bytes_per_token"]) for loss in (val_loss, best))
             print(f"{step * batch_size * context_length:,} tokens in {duration(clock())}: "
-                  f"validation loss {val_loss:.4f}{better}, perplexity {math.exp(min(val_loss, 700)):.1f}, {bits}; "
-                  f"{picture} shows the curves")
+                  f"validation loss {val_loss:.4f}{better}, perplexity {math.exp(min(val_loss, 700)):.1f}, "
+                  f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * bool(better)}; {picture} shows the curves")
     status = int(stop) if step < horizon else 0
     if processes > 1:
         dist.barrier()   # nobody leaves while another still talks
