@@ -21,7 +21,7 @@ STARTED = time.perf_counter()  # before torch, whose import takes seconds of wha
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
 # from a second run. After 1,000 turns they now sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Of many processes, those that are left when one has failed would each print 17 lines about the lost connection.
+# Of many processes, those that are left when one has failed would each print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
 import ctypes
