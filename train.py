@@ -539,7 +539,8 @@ def draw_curves(logs, path):
     losses = np.concatenate([log[kind] for log in logs.values() for kind in ("train_loss", "val_loss")])
     # nine tenths of all losses: the plunge of the first steps would flatten the rest, and leaves through the top
     low, high, top = np.nanmin(losses) - 0.05, np.nanquantile(losses, 0.9) + 0.05, 60 + 18 * len(logs)
-    colours = [f"hsl({137.5 * i + 210} 70% 42%)" for i in range(len(logs))]   # the golden angle: no two are alike
+    # hues a golden angle apart, so that no two are alike
+    colours = [f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)" for i in range(len(logs))]
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + 390}" font-family="sans-serif" '
            'font-size="12"><style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>',
            '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
