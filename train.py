@@ -19,9 +19,10 @@ import os
 import time
 STARTED = time.perf_counter()  # before torch, whose import takes seconds of what --max_minutes grants
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
-# from a second run: two at once on two cores did 200 to 6,600 tokens/s together, where one alone does 15,000. After
-# 1,000 turns they now sleep: 12,140 together, for at most 5 % of one alone.
+# from a second run. After 1,000 turns they now sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Of many processes, those that are left when one has failed would each print 16 lines about the lost connection.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
 import ctypes
 import glob
@@ -31,11 +32,10 @@ import json
 import math
 import shutil
 import signal
-import socket
 import sys
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -102,7 +102,6 @@ MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps",
               "log_interval", "device", "dtype", "compile", "shard")
 RESULTS = ("ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
 COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")   # of log.csv
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 # Dense bfloat16 FLOP/s. The first name found in the card's counts, so a variant stands before its family.
 PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
               "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -133,8 +132,7 @@ def read_through(tokens, token_bytes):
     each entry of the vocabulary. Raises InputError (a ValueError) for an id beyond the vocabulary.
     """
     crc = total = 0
-    for start in range(0, len(tokens), 2 ** 22):   # in parts: the file may exceed the memory
-        part = tokens[start:start + 2 ** 22]
+    for part in np.array_split(tokens, len(tokens) // 2 ** 22 + 1):   # the file may exceed the memory
         if part.max() >= len(token_bytes):
             raise InputError(f"{tokens.filename} holds the token {part.max()}, but the vocabulary ends at "
                              f"{len(token_bytes) - 1}: encode the text with this vocabulary")
@@ -202,28 +200,42 @@ def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
 
 # ----------------------------------------------------------------------------------------------------------- optimisers
 
-class SGD(torch.optim.Optimizer):
-    """Stochastic gradient descent with the handout's decay: in step t (from 0), p <- p - lr / sqrt(t + 1) * gradient.
-    Raises ValueError for a negative lr. Handout, section 4.2.
+class Rule(torch.optim.Optimizer):
+    """What SGD, AdamW and Muon share: a step calls update(p, g, state, ...) for every parameter p with a gradient g.
+
+    `state` (dict) is what the rule remembers of p. The rest are the options of p's group, such as lr, and t, the number
+    of this step, from 1; each rule names those that it needs.
     """
 
-    def __init__(self, params, lr):
-        if lr < 0:
-            raise ValueError(f"the learning rate {lr} is negative")
-        super().__init__(params, dict(lr=lr, t=0))
+    def __init__(self, params, **options):
+        super().__init__(params, dict(options, t=0))
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
+            group["t"] += 1
             for p in group["params"]:
                 if p.grad is not None:
-                    p.add_(p.grad, alpha=-group["lr"] / math.sqrt(group["t"] + 1))
-            group["t"] += 1
+                    self.update(p, p.grad, self.state[p], **group)
         return loss
 
 
-class AdamW(torch.optim.Optimizer):
+class SGD(Rule):
+    """Stochastic gradient descent with the handout's decay: in step t, p <- p - lr / sqrt(t) * gradient.
+    Raises ValueError for a negative lr. Handout, section 4.2 (where t begins at 0).
+    """
+
+    def __init__(self, params, lr):
+        if lr < 0:
+            raise ValueError(f"the learning rate {lr} is negative")
+        super().__init__(params, lr=lr)
+
+    def update(self, p, g, state, lr, t, **more):
+        p.sub_(lr / math.sqrt(t) * g)
+
+
+class AdamW(Rule):
     """Adam with decoupled weight decay, as torch.optim.AdamW computes it, in the notation of Kingma and Ba (2015).
 
     m and v are running means of the gradient g and of g^2; dividing by 1 - beta^t undoes their start at zero: m', v'.
@@ -236,34 +248,24 @@ class AdamW(torch.optim.Optimizer):
     fused = False
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+        if not (min(lr, eps, weight_decay) >= 0 and 0 <= min(betas) <= max(betas) < 1):
             raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, "
                              f"the betas {betas} in [0, 1)")
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, t=0))
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure else None
-        for group in self.param_groups:
-            group["t"] += 1
-            self.update(**{**group, "params": [p for p in group["params"] if p.grad is not None]})
-        return loss
-
-    def update(self, params, lr, betas, eps, weight_decay, t, **more):
-        """Move the parameters of one group."""
-        for p in params:
-            if not self.state[p]:
-                self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p))
-            g, m, v, (beta1, beta2) = p.grad, self.state[p]["m"], self.state[p]["v"], betas
-            if self.fused:
-                torch._fused_adamw_([p], [g], [m], [v], [], [torch.full((), float(t), device=p.device)], lr=lr, eps=eps,
-                                    beta1=beta1, beta2=beta2, weight_decay=weight_decay, amsgrad=False, maximize=False)
-                continue
-            p.mul_(1 - lr * weight_decay)                    # p <- p - lr lambda p
-            m.lerp_(g, 1 - beta1)                            # m <- beta1 m + (1 - beta1) g
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)    # v <- beta2 v + (1 - beta2) g^2
-            # p <- p - lr m' / (sqrt(v') + eps)
-            p.sub_(lr * (m / (1 - beta1 ** t)) / ((v / (1 - beta2 ** t)).sqrt() + eps))
+    def update(self, p, g, state, lr, betas, eps, weight_decay, t, **more):
+        if not state:
+            state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
+        m, v, (beta1, beta2) = state["m"], state["v"], betas
+        if self.fused:
+            return torch._fused_adamw_(
+                [p], [g], [m], [v], [], [torch.full((), float(t), device=p.device)], lr=lr, beta1=beta1, beta2=beta2,
+                weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
+        p.mul_(1 - lr * weight_decay)                    # p <- p - lr lambda p
+        m.lerp_(g, 1 - beta1)                            # m <- beta1 m + (1 - beta1) g
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)    # v <- beta2 v + (1 - beta2) g^2
+        # p <- p - lr m' / (sqrt(v') + eps)
+        p.sub_(lr * (m / (1 - beta1 ** t)) / ((v / (1 - beta2 ** t)).sqrt() + eps))
 
 
 # Muon moves a matrix along its momentum M = U S V^T with every singular value set to 1, that is, along U V^T. Every
@@ -314,35 +316,29 @@ class Muon(AdamW):
 
     dtype = torch.float32   # of the products in orthogonalise
 
-    def update(self, params, lr, weight_decay, momentum=0, **more):
+    def update(self, p, g, state, lr, weight_decay, momentum=0, **more):
         if not momentum:
-            return super().update(params, lr, weight_decay=weight_decay, **more)
-        alike = {}   # matrices of one shape go through the products together
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["m"] = torch.zeros_like(p)
-            m = self.state[p]["m"].lerp_(p.grad, 1 - momentum)
-            alike.setdefault(p.shape, []).append((p, p.grad.lerp(m, momentum)))   # Nesterov's form looks one step ahead
-        for (rows, columns), pairs in alike.items():
-            moves = orthogonalise(torch.stack([whole(move) for _, move in pairs]), self.dtype)
-            for (p, _), move in zip(pairs, moves):
-                p.mul_(1 - lr * weight_decay)
-                p.add_(spread(move, p), alpha=-lr * max(1, rows / columns) ** 0.5)
+            return super().update(p, g, state, lr, weight_decay=weight_decay, **more)
+        if not state:
+            state["m"] = torch.zeros_like(p)
+        m = state["m"].lerp_(g, 1 - momentum)
+        # Nesterov's form looks one step ahead: the mean of momentum and gradient rather than the momentum
+        move = orthogonalise(whole(g.lerp(m, momentum)), self.dtype)
+        p.mul_(1 - lr * weight_decay)
+        p.add_(spread(move, p), alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def parameter_groups(model):
     """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings.
 
-    In every step the rate of a group is its `scale` times the schedule's.
+    In every step the rate of a group is the schedule's times its `scale`, or 1.
     """
     inside = [p for p in model.layers.parameters() if p.dim() == 2]
-    embeddings, head = model.token_embeddings.weight, model.lm_head.weight
     gains = [p for p in model.parameters() if p.dim() == 1]
-    muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else dict(scale=1.0)
-    groups = [dict(params=inside, **muon), dict(params=[head], scale=1.0),
-              dict(params=gains, scale=1.0, weight_decay=0.0)]
-    return groups if embeddings is head else [
-        *groups, dict(params=[embeddings], scale=embedding_scale, weight_decay=0.0)]
+    embeddings, head = model.token_embeddings.weight, model.lm_head.weight
+    muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else {}
+    return [dict(params=inside, **muon), dict(params=[head]), dict(params=gains, weight_decay=0.0),
+            dict(params=[embeddings] if embeddings is not head else [], weight_decay=0.0, scale=embedding_scale)]
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -444,30 +440,20 @@ def load_run(folder):
 
 # ------------------------------------------------------------------------------------------------------- many processes
 
-def average_gradients(parameters):
-    """Replace each gradient by its mean over the processes; all of them travel at once."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    for message in [dist.all_reduce(grad, async_op=True) for grad in grads]:
-        message.wait()
-    torch._foreach_div_(grads, dist.get_world_size())
+def average(tensors):
+    """Replace each tensor by its mean over the processes; all of them travel at once."""
+    if dist.is_initialized():
+        for message in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            message.wait()
+        torch._foreach_div_(tensors, dist.get_world_size())
 
 
 def largest(*numbers):
     """Each number's maximum over the processes, so that all of them decide alike."""
-    if not dist.is_initialized():
-        return numbers
     numbers = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist()
-
-
-def mean_over_processes(tensor):
-    """The mean of a tensor over all processes."""
-    if not dist.is_initialized():
-        return tensor
-    tensor = tensor.clone()
-    dist.all_reduce(tensor)
-    return tensor / dist.get_world_size()
 
 
 def shard_model(model, kind):
@@ -485,21 +471,24 @@ def shard_model(model, kind):
 
 @contextmanager
 def one_voice():
-    """Let one process alone report an error: rank 0, or else the first that fails. The others end silently."""
+    """Let one process alone speak: rank 0, or the first that fails, about its error. The others end silently."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
+    # a table that all processes share; each waits here for the others
+    store = next(dist.rendezvous("env://"))[0] if processes > 1 else None
+    if rank > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
-        if processes > 1:
+        if store:
             time.sleep(rank > 0)   # rank 0 comes first
             try:
-                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                socket.create_connection(address, 1).close()   # TCPStore is noisy where nobody listens
-                first = dist.TCPStore(*address, is_master=False).add("failed", 1) == 1
-            except (OSError, RuntimeError, ValueError, KeyError):   # rank 0 held the store, and is gone
-                first = rank == 0
+                first = store.add("failed", 1) == 1
+            except RuntimeError:   # rank 0 held the store, and is gone
+                first = False
             if not first:
                 os._exit(1)
+            sys.stderr = sys.__stderr__
         if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
             raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum") from None
         raise
@@ -515,15 +504,15 @@ def write_text(path, text):
 
 
 def read_log(path):
-    """The columns of a log.csv: {name: array}, with NaN where val_loss is empty. A last row that was cut off is left
+    """The columns of a log.csv: {name: list}, with NaN where val_loss is empty. A last row that was cut off is left
     out. Raises InputError (a ValueError) for anything but finite numbers under these names.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row[COLUMNS[-1]]]
-        log = {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
+        log = {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
         cells = [float(row[name]) for row in rows for name in COLUMNS if row[name] or name != "val_loss"]
-        if not np.isfinite(cells).all():
+        if not all(map(math.isfinite, cells)):
             raise ValueError
     except (KeyError, TypeError, ValueError, csv.Error):
         raise InputError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}") from None
@@ -547,35 +536,33 @@ def round_ticks(low, high):
 
 def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: read_log of it}."""
-    # Down to the best loss; up to nine tenths of all losses, so that the plunge of the first steps does not flatten the
-    # rest, and never beyond the first loss, a blind guess: a run that diverges leaves through the top.
     losses = np.concatenate([log[kind] for log in logs.values() for kind in ("train_loss", "val_loss")])
-    high = min(np.nanquantile(losses, 0.9), max(log["train_loss"][0] for log in logs.values())) + 0.05
-    low, top = np.nanmin(losses) - 0.05, 60 + 18 * len(logs)
-    svg = ['<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
-    for i, (name, colour) in enumerate(zip(logs, itertools.cycle(COLOURS))):
-        svg.append(f'<text x="70" y="{52 + 18 * i}" fill="{colour}">{html.escape(name)}</text>')
+    # nine tenths of all losses: the plunge of the first steps would flatten the rest, and leaves through the top
+    low, high, top = np.nanmin(losses) - 0.05, np.nanquantile(losses, 0.9) + 0.05, 60 + 18 * len(logs)
+    # hues a golden angle apart, so that no two are alike
+    colours = [f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)" for i in range(len(logs))]
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + 390}" font-family="sans-serif" '
+           'font-size="12"><style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>',
+           '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
+    for i, name in enumerate(logs):
+        svg.append(f'<text x="70" y="{52 + 18 * i}" fill="{colours[i]}">{html.escape(name)}</text>')
     for left, axis, label in ((70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds")):
         end = max(log[axis][-1] for log in logs.values()) or 1
-        svg.append(f'<text x="{left + 220}" y="{top + 374}" text-anchor="middle">{label}</text>')
+        svg.append(f'<g transform="translate({left} {top})"><text x="220" y="374" text-anchor="middle">{label}</text>')
         for tick in round_ticks(0, end):
-            x = left + 440 * tick / end
-            svg.append(f'<path d="M{x:.1f} {top}v330"/>'
-                       f'<text x="{x:.1f}" y="{top + 350}" text-anchor="middle">{tick:,.10g}</text>')
+            x = 440 * tick / end
+            svg.append(f'<path d="M{x:.1f} 0v330"/><text x="{x:.1f}" y="350" text-anchor="middle">{tick:,.10g}</text>')
         for tick in round_ticks(low, high):
-            y = top + 330 * (high - tick) / (high - low)
-            svg.append(f'<path d="M{left} {y:.1f}h440"/>'
-                       f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.10g}</text>')
-        svg.append(f'<svg x="{left}" y="{top}" width="440" height="330">')   # clips what lies outside
-        for log, colour in zip(logs.values(), itertools.cycle(COLOURS)):
+            y = 330 * (high - tick) / (high - low)
+            svg.append(f'<path d="M0 {y:.1f}h440"/><text x="-8" y="{y + 4:.1f}" text-anchor="end">{tick:.10g}</text>')
+        svg.append('<svg width="440" height="330">')   # clips what lies outside
+        for log, colour in zip(logs.values(), colours):
             for kind, style in (("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"')):
                 points = " ".join(f"{440 * x / end:.1f},{330 * (high - y) / (high - low):.1f}"
                                   for x, y in zip(log[axis], log[kind]) if y == y)   # not where it is NaN
                 svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
-        svg.append("</svg>")
-    write_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + 390}" font-family="sans-serif" '
-                     'font-size="12"><style>path {stroke: #ddd}</style>'
-                     '<rect width="100%" height="100%" fill="white"/>' + "\n".join(svg) + "</svg>\n")
+        svg.append("</svg></g>")
+    write_text(path, "\n".join([*svg, "</svg>\n"]))
 
 
 def bits_per_byte(loss, bytes_per_token):
@@ -583,39 +570,31 @@ def bits_per_byte(loss, bytes_per_token):
     return loss / math.log(2) / bytes_per_token
 
 
-def named_folders(patterns):
-    """The run folders that some names or glob patterns, separated by commas, stand for."""
-    folders = []
-    for pattern in patterns.split(","):
-        found = [pattern] if Path(pattern).is_dir() else sorted(map(os.path.dirname, glob.glob(f"{pattern}/log.csv")))
-        require(pattern and found,
-                f"--compare={patterns}: {pattern!r} is no run folder, and no pattern that matches one")
-        folders += found
-    return folders
-
-
 def compare_runs():
     """Draw the runs that --compare names into out_dir/compare.svg, and print their last and best losses beside the
     constants in which they differ.
     """
-    logs = {folder: read_log(Path(folder) / "log.csv") for folder in named_folders(compare)}
-    configs = [read_config(Path(folder) / "config.json") for folder in logs]
+    logs = {}
+    for pattern in compare.split(","):
+        found = [path for path in (pattern, *sorted(glob.glob(pattern))) if os.path.exists(f"{path}/log.csv")]
+        require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
+        logs.update((folder, read_log(f"{folder}/log.csv")) for folder in found)
+    configs = [read_config(f"{folder}/config.json") for folder in logs]
     differing = [name for name in configs[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
                  and len({str(config.get(name)) for config in configs}) > 1]
     table = [["run", *differing, "step", "tokens", "seconds", "train loss",
               "val loss", "bits/byte", "best val", "bits/byte"]]
     for (folder, log), config in zip(logs.items(), configs):
-        if not log["step"].size:
+        if not log["step"]:
             raise InputError(f"{folder}/log.csv has no rows yet")
-        validations = log["val_loss"][np.isfinite(log["val_loss"])].tolist() or [math.nan]
-        table.append([folder, *(str(config.get(name)) for name in differing),
-                      *(f"{log[name][-1]:,.0f}" for name in ("step", "tokens", "seconds")),
-                      f"{log['train_loss'][-1]:.4f}"])
+        validations = [loss for loss in log["val_loss"] if loss == loss] or [math.nan]   # NaN: no evaluation was due
+        table.append([folder, *(str(config.get(name)) for name in differing), f"{log['step'][-1]:,.0f}",
+                      f"{log['tokens'][-1]:,.0f}", f"{log['seconds'][-1]:,.0f}", f"{log['train_loss'][-1]:.4f}"])
         for loss in (validations[-1], min(validations)):
             table[-1] += [f"{loss:.4f}", f"{bits_per_byte(loss, config.get('val_bytes_per_token', math.nan)):.4f}"]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
-        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+        print("  ".join(map(str.rjust, row, widths)))
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     draw_curves(logs, Path(out_dir) / "compare.svg")
     print(f"{Path(out_dir) / 'compare.svg'} shows the curves")
@@ -623,19 +602,15 @@ def compare_runs():
 
 # ---------------------------------------------------------------------------------------------------------------- a run
 
-
-# ---------------------------------------------------------------------------------------------------------------- a run
-
 def adopt(saved, names, source, free=MAY_CHANGE):
-    """Take over these constants of another run, as if they stood on the command line, where no flag gives them.
+    """Take over these constants of another run, as flags that stand before those of the command line.
     Raises UsageError for a flag that contradicts one, unless it is free to change.
     """
-    flags = {word[2:].partition("=")[0] for word in sys.argv[1:]}
-    sys.argv[1:1] = [f"--{name}={saved[name]}" for name in names if name in saved and name not in flags]
-    config = configure(globals())
+    sys.argv[1:1] = [f"--{name}={saved[name]}" for name in names]
+    config = configure(globals())   # of a flag given twice the last one counts
     for name in names:
-        require(name in free or config[name] == saved.get(name, config[name]),
-                f"{source}: {name} is {saved.get(name)!r} there and {config[name]!r} here; "
+        require(name in free or config[name] == saved[name],
+                f"{source}: {name} is {saved[name]!r} there and {config[name]!r} here; "
                 "leave the flag out, or name another folder")
     return config
 
@@ -646,13 +621,16 @@ def adopt_runs(config):
     Returns our constants; the checkpoint to resume ({}: none); and the run of --init_from, as load_run gives it, where
     its weights are wanted (else None).
     """
-    out, saved, parent = Path(out_dir), {}, None
-    if resume and (out / "ckpt.pt").exists():
-        saved = read_checkpoint(out / "ckpt.pt")
-        require("run" in saved, f"--resume=True: {out / 'ckpt.pt'} holds weights, but no run to continue")
-    if resume and (saved or (out / "config.json").exists()):
-        known = read_config(out / "config.json") if (out / "config.json").exists() else saved["config"]
-        names = [name for name in known if name in config and name not in ("out_dir", "resume", "compare")]
+    path, known, saved, parent = Path(out_dir) / "ckpt.pt", {}, {}, None
+    if resume and path.exists():
+        saved = read_checkpoint(path)
+        require("run" in saved, f"--resume=True: {path} holds weights, but no run to continue")
+        known = saved["config"]
+    if resume and (written := path.with_name("config.json")).exists():
+        known = read_config(written)
+    if known:
+        # not out_dir: the folder may have another name by now
+        names = [name for name in config if name in known and name != "out_dir"]
         config = adopt(known, names, f"--resume=True: {out_dir}")
         if (steps, max_minutes) != (known.get("steps"), known.get("max_minutes")):
             print("the budget is another than before, so the learning rate follows a new schedule")
@@ -664,23 +642,22 @@ def adopt_runs(config):
 
 def check_flags(config, processes):
     """Raise UsageError for a flag whose value makes no sense."""
-    positive = ("context_length", "num_layers", "d_model", "num_heads", "rope_theta", "lr", "eps", "batch_size",
-                "grad_accum", "steps", "eval_interval", "eval_batches", "log_interval")
+    may_be_0 = ("d_ff", "residual_gain", "embedding_scale", "muon_lr", "min_lr", "warmup_steps", "beta1", "beta2",
+                "weight_decay", "grad_clip", "max_minutes", "seed")
     for name, value in config.items():
-        if isinstance(value, (int, float)):
-            require(value > 0 or value == 0 and name not in positive,
-                    f"--{name}={value}: must be {'above' if name in positive else 'at least'} 0")
-    for name, choices in dict(optimizer=("adamw", "muon"), dtype=("", "float32", "bfloat16")).items():
-        require(config[name] in choices, f"--{name}={config[name]}: choose {' or '.join(filter(None, choices))}")
-    for name in ("beta1", "beta2"):
-        require(config[name] < 1, f"--{name}={config[name]}: must be below 1")
+        if type(value) in (int, float):
+            require(value > 0 or value == 0 and name in may_be_0,
+                    f"--{name}={value}: must be {'at least' if name in may_be_0 else 'above'} 0")
+    require(optimizer in ("adamw", "muon"), f"--optimizer={optimizer}: choose adamw or muon")
+    require(dtype in ("", "float32", "bfloat16"), f"--dtype={dtype}: choose float32 or bfloat16")
+    require(max(beta1, beta2) < 1, f"--beta1={beta1}, --beta2={beta2}: must be below 1")
+    require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
     require(data_dir and out_dir, "--data_dir or --out_dir is empty: name a folder")
     require(Path(data_dir).resolve() != Path(out_dir).resolve(),
             f"--out_dir={out_dir} is --data_dir too: a run needs a folder of its own")
-    require(d_model % num_heads == 0, f"--num_heads={num_heads} does not divide --d_model={d_model}")
-    require(not rope or d_model // num_heads % 2 == 0, f"--num_heads={num_heads} gives heads of the odd width "
-            f"{d_model // num_heads}, but RoPE turns pairs: choose another, or --rope=False")
-    require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
+    require(d_model % (2 * num_heads if rope else num_heads) == 0,
+            f"--num_heads={num_heads} must divide --d_model={d_model}, and into heads of an even width, "
+            "because RoPE turns pairs; --rope=False takes odd ones")
     require(batch_size % (processes * grad_accum) == 0,
             f"--batch_size={batch_size} sequences cannot be split evenly over "
             f"{processes} processes times --grad_accum={grad_accum} parts")
@@ -734,16 +711,17 @@ def load_data(saved, parent):
         return tokenizer, *tokens, {}, math.nan
     token_bytes = np.array([len(token) for _, token in vocab])
     (train_crc, _), (val_crc, val_bytes) = (read_through(array, token_bytes) for array in tokens)
-    tokenizer_crc = zlib.crc32(repr((vocab, tokenizer.merges)).encode())
-    check_sums = {"train.bin": train_crc, "val.bin": val_crc, "vocab.json": tokenizer_crc}
-    for name in check_sums:
-        require(not saved or saved["data"][name] == check_sums[name], f"--resume=True: {folder / name} is another file "
-                f"than the one that {out_dir} was trained on; name its data, or another --out_dir")
+    check_sums = {"train.bin": train_crc, "val.bin": val_crc,
+                  "vocab.json": zlib.crc32(repr((vocab, tokenizer.merges)).encode())}
+    for name, crc in check_sums.items():
+        require(not saved or saved["data"][name] == crc, f"--resume=True: {folder / name} is another file than the one "
+                f"that {out_dir} was trained on; name its data, or another --out_dir")
     return tokenizer, *tokens, check_sums, val_bytes
 
 
 def build(vocab_size, chip, precision, parent):
-    """The model, with new weights or the parent's, and its optimiser, as the constants want them, on a device."""
+    """The model, with new weights or the parent's, and its optimiser (`rule`), as the constants want them, on a device.
+    """
     torch.manual_seed(seed)
     model = TransformerLM(vocab_size, **{name: globals()[name] for name in SHAPE})
     with torch.no_grad():
@@ -755,46 +733,47 @@ def build(vocab_size, chip, precision, parent):
     if shard:
         shard_model(model, chip.type)
     model.to(chip)
+    # from here on, the loss comes with its matrix products in this data type
+    model.loss = torch.autocast(chip.type, precision, enabled=precision != torch.float32)(model.loss)
     rule = (Muon if optimizer == "muon" else AdamW)(parameter_groups(model), lr, (beta1, beta2), eps, weight_decay)
     rule.fused, rule.dtype = True, precision
     return model, rule
 
 
+def move_aside(names):
+    """Move these files of out_dir, an older run, into the first of out_dir.1, out_dir.2, ... that is free."""
+    here = Path(out_dir).resolve()
+    aside = next(path for i in itertools.count(1) if not (path := here.with_name(f"{here.name}.{i}")).exists())
+    aside.mkdir()
+    for name in names:
+        (here / name).rename(aside / name)
+    print(f"{out_dir} held a run: it is in {aside.name} now")
+    return aside
+
+
 def prepare_folder(config, tokenizer, step):
     """Lay down the files of a run that begins (step 0) or is resumed in out_dir. An older run is moved aside first."""
-    out, log = Path(out_dir), Path(out_dir) / "log.csv"
+    out, log, rows = Path(out_dir), Path(out_dir) / "log.csv", []
     old = [name for name in RESULTS if (out / name).exists()]
     # A run that was killed before its first checkpoint has its constants there, and begins again in place.
-    same = resume and (step or "config.json" in old and "best.pt" not in old)
-    if old and not same:
-        here = out.resolve()
-        aside = next(path for i in itertools.count(1) if not (path := here.with_name(f"{here.name}.{i}")).exists())
-        aside.mkdir()
-        for name in old:
-            (out / name).rename(aside / name)
-        if init_from and Path(init_from).resolve() == here:
+    begins_again = resume and "config.json" in old and "best.pt" not in old
+    if old and not step and not begins_again:
+        aside = move_aside(old)
+        if init_from and Path(init_from).resolve() == out.resolve():
             config["init_from"] = str(aside)
-        print(f"{out} held a run: it is in {aside.name} now")
-    rows = []
-    if step:   # rows beyond the checkpoint will come again
-        if lost := [name for name in RESULTS if name not in old]:
-            print(f"{out} has lost {', '.join(lost)}: written anew, as far as ckpt.pt and {data_dir} tell")
-        if "log.csv" in old:
-            read_log(log)
-            rows = [row for row in log.read_text().splitlines(keepends=True)[1:]
-                    if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    elif step and len(old) < len(RESULTS):
+        print(f"{out} has lost {', '.join(name for name in RESULTS if name not in old)}: "
+              f"written anew, as far as ckpt.pt and {data_dir} tell")
+    if step and log.exists():
+        read_log(log)   # refuses what is no log
+        rows = [row for row in log.read_text().splitlines(keepends=True)[1:]   # those beyond the checkpoint come again
+                if row.endswith("\n") and int(row.split(",")[0]) <= step]
     write_text(log, "".join([",".join(COLUMNS) + "\n", *rows]))
     write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
     tokenizer.save(out)
 
 
-def loss_of(model, inputs, targets, precision):
-    """The model's loss on some sequences, with the matrix products in this data type."""
-    with torch.autocast(inputs.device.type, precision, enabled=precision != torch.float32):
-        return model.loss(inputs, targets)
-
-
-def compile_model(model, inputs, targets, precision):
+def compile_model(model, inputs, targets):
     """Fuse the model with torch.compile for batches of this shape; or leave it, with a line of warning, where this
     machine cannot compile.
     """
@@ -804,7 +783,7 @@ def compile_model(model, inputs, targets, precision):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         model.compile_parts()
-        loss_of(model, inputs, targets, precision).backward()
+        model.loss(inputs, targets).backward()
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
     except torch.OutOfMemoryError:
         raise   # steps that are not compiled would need even more
@@ -826,14 +805,16 @@ def keep_freed_memory():
         pass   # another C library, with habits of its own
 
 
-def evaluate(model, tokens, parts, chip, precision):
+def evaluate(model, tokens, parts, chip):
     """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
     starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64)
     # The gradient stays on, though nobody asks for it:
     # under no_grad torch.compile would compile the model a second time.
-    losses = [loss_of(model, *windows(tokens, row[part], context_length, chip), precision).detach()
-              for row in starts.reshape(eval_batches, batch_size) for part in parts]
-    return mean_over_processes(torch.stack(losses).mean()).item()
+    losses = [model.loss(*windows(tokens, batch[part], context_length, chip)).detach()
+              for batch in np.split(starts, eval_batches) for part in parts]
+    mean = torch.stack(losses).mean()
+    average([mean])
+    return mean.item()
 
 
 def shorter_warmup(total):
@@ -854,20 +835,19 @@ def gpu_peak(chip):
 
 def duration(seconds):
     """Minutes and seconds, as in 2:05."""
-    minutes, seconds = divmod(int(min(max(0, seconds), 1e9)), 60)
-    return f"{minutes}:{seconds:02}"
+    return "{}:{:02}".format(*divmod(int(max(0, seconds)), 60))
 
 
 def catch_signals():
-    """A list that receives the first Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step;
-    a second one ends the process at once, even while it waits for another process.
+    """A list that receives the exit status after the first Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its
+    step; a second one ends the process at once, even while it waits for another process.
     """
     caught = []
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
                if signal.getsignal(number) != signal.SIG_IGN]   # nohup ignores SIGHUP
 
     def note(number, frame):
-        caught.append(number)
+        caught.append(128 + number)
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 
@@ -891,11 +871,10 @@ def check_divergence(row, vocab_size):
 def report(row, left, total, mfu):
     """Add a row to log.csv and print it. left, total: seconds and steps to the end; mfu: 0 where it is not known."""
     log = Path(out_dir) / "log.csv"
-    cells = {**row, "val_loss": "" if row["val_loss"] is None else f"{row['val_loss']:.6f}"}
+    cells = [f"{value:.8g}" if isinstance(value, float) else value for value in row.values()]
     try:
-        with open(log, "a", encoding="utf-8", newline="\n") as file:
-            file.write("{step},{tokens},{seconds:.2f},{lr:.6g},{train_loss:.6f},{val_loss},{grad_norm:.6f},"
-                       "{tokens_per_second:.1f}\n".format(**cells))
+        with open(log, "a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(cells)   # None becomes an empty cell
     except OSError as error:   # a failing write does not say where
         raise OSError(error.errno, error.strerror, str(log)) from None
     validation = "" if row["val_loss"] is None else f", validation {row['val_loss']:.3f}"
@@ -906,21 +885,17 @@ def report(row, left, total, mfu):
 
 
 def main():
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")   # rank 0 speaks for all
-    with redirect_stderr(sys.stdout if rank else sys.stderr):
-        config = configure(globals())
+    config = configure(globals())
     if compare:
         return compare_runs()
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
     config, saved, parent = adopt_runs(config)
     check_flags(config, processes)
     chip = choose_device(device)
     precision = choose_precision(chip)
     require(processes == 1 or chip.type != "mps",
             "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
-    tokenizer, train_tokens, val_tokens, check_sums, val_bytes_per_token = load_data(saved, parent)
-    config["val_bytes_per_token"] = val_bytes_per_token
+    tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
     vocab_size = len(tokenizer.vocab)
     keep_freed_memory()
     if chip.type == "cuda":
@@ -935,139 +910,136 @@ def main():
         size = sum(p.numel() for p in model.parameters())
         print(f"{size:,} parameters, {len(train_tokens):,} training tokens; "
               f"{f'{processes} processes on ' * (processes > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
-        step, earlier, best, best_step, warmup = 0, 0.0, math.inf, 0, warmup_steps
-        # loss and gradient norm, summed up over the `count` steps since the last row of the log
-        sums, count = torch.zeros(2, device=chip), 0
-        checkpoint, best_file = Path(out_dir) / "ckpt.pt", Path(out_dir) / "best.pt"
+        # sums: on the device, of the losses and gradient norms since the last row of the log, and how many they are
+        step, earlier, sums, best, best_step, warmup = 0, 0.0, torch.zeros(3), math.inf, 0, warmup_steps
+        log, checkpoint, best_file, picture = (
+            Path(out_dir) / name for name in ("log.csv", "ckpt.pt", "best.pt", "curves.svg"))
         if saved:
-            step, (earlier, sums, count, best, best_step, warmup) = load_checkpoint(saved, model, rule), saved["run"]
-            sums = sums.to(chip)
+            step, (earlier, sums, best, best_step, warmup) = load_checkpoint(saved, model, rule), saved["run"]
             print(f"{checkpoint} stands at step {step:,}")
-        saved = parent = None   # their weights take memory
+        sums, saved, parent = sums.to(chip), None, None   # the weights in the last two take memory
+        if rank == 0:
+            prepare_folder(config, tokenizer, step)
+            # A parameter and its two moments take 12 bytes. A new ckpt.pt is whole before the old one goes, so a new
+            # run needs room for two, and for best.pt.
+            free, need = shutil.disk_usage(out_dir).free, size * (12 if step else 2 * 12 + 4)
+            if free < need:
+                raise OSError(f"{out_dir} has room for {free / 1e6:,.0f} MB, "
+                              f"but this model's checkpoints take {need / 1e6:,.0f}: "
+                              "make room, or name another --out_dir")
+        if not best_file.exists():
+            best, best_step = math.inf, 0   # if it was lost, the next evaluation writes it
+
+        # this process's rows of each batch, in the parts that go through the model at once
+        share = batch_size // processes // grad_accum
+        parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
+        if compile:
+            compile_model(model, *windows(train_tokens, [0] * share, context_length, chip))
 
         def clock():
             """Seconds that the run has taken, those before it was resumed included."""
             return earlier + time.perf_counter() - STARTED
 
         def save():
-            run = clock(), mean_over_processes(sums), count, best, best_step, warmup
-            save_checkpoint(model, rule, step, checkpoint, config=config, data=check_sums, run=run)
+            save_checkpoint(model, rule, step, checkpoint, config=config, data=check_sums,
+                            run=(clock(), sums, best, best_step, warmup))
 
-        def save_best():
-            write_checkpoint(dict(model=model.state_dict(), config=config), best_file)
+        def horizon_at(seconds):
+            """The step at which the run ends. With --max_minutes, as many steps are left as the time that is left will
+            take, if the steps to come take as long as the mean of those before.
+            """
+            return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
-        # this process's rows of each batch, in the parts that go through the model at once
-        share = batch_size // processes // grad_accum
-        parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
-        if rank == 0:
-            prepare_folder(config, tokenizer, step)
-            free, need = shutil.disk_usage(out_dir).free, size * (12 if step else 28)   # ckpt.pt twice, best.pt once
-            if free < need:
-                raise OSError(f"{out_dir} has room for {free / 1e6:,.0f} MB, "
-                              f"but this model's checkpoints take {need / 1e6:,.0f}: "
-                              "make room, or name another --out_dir")
-        if best_step == step > 0:
-            save_best()   # the run may have been killed between ckpt.pt and best.pt
-        elif not best_file.exists():
-            best, best_step = math.inf, 0   # lost: the next evaluation writes it
-        if compile:
-            compile_model(model, *windows(train_tokens, [0] * share, context_length, chip), precision)
-
-        budget, horizon = 60 * max_minutes, steps   # in seconds; the step at which the run ends
+        budget = 60 * max_minutes
         if max_minutes:
             # An evaluation and a checkpoint now tell how much time to leave for the last; Python takes a second to end.
             begin = clock()
-            evaluate(model, val_tokens, parts, chip, precision)
+            evaluate(model, val_tokens, parts, chip)
             save()
             budget -= largest(1.5 * (clock() - begin) + 1.5)[0]
-            # The share of the steps that is done is that of the time. One clock for all: their rates must be equal.
-            horizon = step * budget / largest(clock())[0] if step else math.inf
         else:
             warmup = shorter_warmup(steps)
+        horizon = horizon_at(*largest(clock()))   # one clock for all processes: their rates must be equal
         if step >= horizon:
             print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes
                   else f"{out_dir} holds all of its {step:,} steps already")
         peak = gpu_peak(chip) * processes   # model FLOPs utilisation is counted against it, where it is known
-        flops = training_flops(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu) if peak else 0
+        flops = training_flops(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu)
 
-        caught, failure, stop, status, val_loss = catch_signals(), None, 0, 0, None
-        row_step, row_end = step, clock()
+        caught, failure, stop, val_loss, row_step, row_end = catch_signals(), None, 0, None, step, clock()
         while step < horizon and not stop:
             # one step
             begin, step = clock(), step + 1
             rate = get_lr_cosine_schedule(step, lr, min_lr, warmup, horizon)
             for group in rule.param_groups:
-                group["lr"] = rate * group["scale"]
+                group["lr"] = rate * group.get("scale", 1)
             for part in parts:   # each draws the places of the whole batch, from the same seed, and reads its own rows
                 inputs, targets = get_batch(train_tokens, batch_size, context_length, chip,
                                             generator_of_step(seed, step), part)
-                loss = loss_of(model, inputs, targets, precision) / len(parts)
+                loss = model.loss(inputs, targets) / len(parts)
                 loss.backward()
                 sums[0] += loss.detach()
-            if processes > 1 and not shard:   # sharded gradients are averaged on their way back
-                average_gradients(model.parameters())
+            if not shard:   # sharded gradients are averaged on their way back
+                average([p.grad for p in model.parameters()])
             sums[1] += whole(gradient_clipping(model.parameters(), grad_clip or math.inf))
+            sums[2] += 1
             rule.step()
             rule.zero_grad()
-            count += 1
 
-            # when one more step would end, and the signal that any process received
+            # when one more step would end, and the exit status if any process is to stop
             next_end, stop = largest(2 * clock() - begin, max(caught, default=0))
-            if max_minutes:
-                horizon = max(step, step * budget / next_end)   # the rate falls with the clock
-                if step == 5:   # the pace, without compilation, tells how many steps it will be
-                    pace = (clock() - row_end) / (step - row_step)
-                    warmup = shorter_warmup(*largest(step + (budget - clock()) / pace))
+            horizon = horizon_at(next_end)   # with --max_minutes, the rate falls with the clock
+            if max_minutes and step == 5:   # the pace, without compilation, tells how many steps it will be
+                pace = (clock() - row_end) / (step - row_step)
+                warmup = shorter_warmup(*largest(step + (budget - clock()) / pace))
             evaluating = step >= horizon or step % eval_interval == 0
             due = evaluating or step % log_interval == 0 or step == 1
             if not (due or stop):
                 continue
 
             # log: reading the sums waits for the device, which other steps do not
-            train_loss, norm = (mean_over_processes(sums) / count).tolist()
+            average([sums])
+            train_loss, norm = (sums[:2] / sums[2]).tolist()
             seconds = clock()
             pace = (seconds - row_end) / (step - row_step)
-            val_loss = evaluate(model, val_tokens, parts, chip, precision) if evaluating else None
+            val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             row = dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                        train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
                        tokens_per_second=batch_size * context_length / pace)
             check_divergence(row, vocab_size)
-            if due:
-                if rank == 0 and not failure:
-                    left = pace * (steps - step) if not max_minutes else max(0, budget - seconds) * (step < horizon)
-                    try:
+            if rank == 0 and not failure:
+                try:
+                    if due:
+                        left = (budget - seconds if max_minutes else pace * (steps - step)) * (step < horizon)
                         report(row, left, step + left / pace, peak and row["tokens_per_second"] * flops / peak)
-                    except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
-                        failure = error
-                        caught.append(signal.SIGTERM)
+                    if (evaluating or stop) and (logged := read_log(log))["step"]:
+                        draw_curves({out_dir: logged}, picture)
+                except (OSError, InputError) as error:   # a closed pipe or a full disk stops the run as a signal does
+                    failure = error
+                    caught.append(1)
+            if due:
                 sums.zero_()
-                count = 0
 
             # save
+            # best.pt comes first: a run that is killed after it goes on from the ckpt.pt before, and writes it again
             if evaluating and val_loss < best:
                 best, best_step = val_loss, step
+                write_checkpoint(dict(model=model.state_dict(), config=config), best_file)
             if evaluating or stop:
                 save()
-                if best_step == step:
-                    save_best()
-                if rank == 0 and not failure:
-                    log = read_log(Path(out_dir) / "log.csv")
-                    if log["step"].size:   # a resumed run that had lost its log may have no row yet
-                        draw_curves({out_dir: log}, Path(out_dir) / "curves.svg")
             row_step, row_end = step, clock()   # evaluations do not count into the speed
 
         if failure:
             raise failure
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
-            status = 128 + int(stop)
         elif val_loss is not None:
             better = "" if best_step == step else f" (best {best:.4f} at step {best_step:,}, in {best_file})"
+            bits, best_bits = (bits_per_byte(loss, config["val_bytes_per_token"]) for loss in (val_loss, best))
             print(f"{step * batch_size * context_length:,} tokens in {duration(clock())}: "
                   f"validation loss {val_loss:.4f}{better}, perplexity {math.exp(min(val_loss, 700)):.1f}, "
-                  f"{bits_per_byte(val_loss, val_bytes_per_token):.4f} bits per byte"
-                  + f" (best {bits_per_byte(best, val_bytes_per_token):.4f})" * bool(better)
-                  + f"; {Path(out_dir) / 'curves.svg'} shows the curves")
+                  f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * bool(better)}; {picture} shows the curves")
+    status = int(stop) if step < horizon else 0
     if processes > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
