@@ -716,6 +716,9 @@ class Tokenizer:
         # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
         vocab = {number: from_visible(text) if text in made else utf8(text) for text, number in table.items()}
         specials = sorted(table.keys() - made, key=table.get) if every_special else []
+        for text in specials:
+            if not text.isascii() and BYTE.keys() >= {*text}:
+                raise InputError(f"{merges_filepath} has no merge for {text!r} of {vocab_filepath}: is it cut short?")
         try:
             return cls(vocab, [(from_visible(left), from_visible(right)) for left, right in merges],
                        [*(special_tokens or ()), *specials])
@@ -948,7 +951,9 @@ def one_line_errors():
         message, status = "interrupted", 130
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
-    except (InputError, MemoryError, FloatingPointError) as error:
+    except (InputError, MemoryError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):   # so torch says that an allocation failed
+            raise
         message, status = str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1
     print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)
@@ -963,6 +968,9 @@ def replacing_together(*paths):
     """
     paths = [Path(path) for path in paths]
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, but a file of this name is to be written: move it away")
     try:
         yield temporaries
         for temporary in temporaries:
@@ -1039,14 +1047,15 @@ def find_text(folder, end):
     """The file that --data names; or corpus.txt in `folder`, made of the files that match the pattern."""
     if os.path.isfile(data):
         return Path(data)
-    outputs = {(folder / name).resolve() for name in (*OUTPUTS, "corpus.txt")}
-    files = {Path(path) for path in (glob.glob(data, recursive=True) if data else standard_library())}
-    own = {path for path in files if path.resolve() in outputs}
+    matches = glob.glob(data, recursive=True) if data else standard_library()
+    files = {Path(os.path.realpath(path)) for path in matches}   # a file that several links lead to counts once
+    own = files & {Path(os.path.realpath(folder / name)) for name in (*OUTPUTS, "corpus.txt")}
     files = {path for path in files - own if path.is_file()}
     if own:
         print(f"note: left out, as this program writes them: {', '.join(sorted(map(str, own)))}", file=sys.stderr)
     if not files:
-        raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern")
+        raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
+                                "for all files of a folder, write 'folder/**/*'")
     collect(files, folder / "corpus.txt", end)
     return folder / "corpus.txt"
 
@@ -1090,7 +1099,10 @@ def check_flags():
                 f"--special_tokens: {token!r} reads like the bytes of an ordinary token in vocab.json: choose another")
     require(vocab_size >= 256 + len(specials), f"--vocab_size={vocab_size}: choose {256 + len(specials)} or more, "
                                                f"for 256 bytes and {len(specials)} special tokens")
-    for output in (Path(data_dir) / name for name in OUTPUTS):
+    corpus = Path(data_dir) / "corpus.txt"
+    require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
+            f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
+    for output in (Path(data_dir) / (name + end) for name in OUTPUTS for end in ("", ".tmp")):
         for path in data, val_data:
             require(not (os.path.isfile(path) and output.exists() and output.samefile(path)),
                     f"{path!r} is a file that this run would replace: choose another --data_dir")

@@ -430,7 +430,7 @@ def load_run(folder):
         config, vocab_size = saved["config"], saved["model"]["token_embeddings.weight"].size(0)
         model = TransformerLM(vocab_size, **{name: config[name] for name in SHAPE})
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} holds no model that belongs to its settings: {error}") from None
     if vocab_size != len(tokenizer.vocab):
         raise InputError(f"{folder}: vocab.json has {len(tokenizer.vocab)} tokens, "
