@@ -90,13 +90,14 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(made, monkeypatch, capsys):
-    """Run a command line in this process, in a copy of `made`: exit status, standard output, standard error.
+    """Run a command line in this process, in a copy of `made`; return its standard output.
 
-    As soon as the script prints the words `when`, do() is called.
+    wanted: the exit status. Where that is not 0, the one line on standard error returns. The notes on standard error
+    are in run.notes. As soon as the script prints the words `when`, do() is called.
     """
     shutil.copytree(made, ".", dirs_exist_ok=True)
 
-    def run(command, when=None, do=None):
+    def run(command, wanted=0, when=None, do=None):
         def write(text, plain=sys.stdout.write):
             plain(text)
             if when and when in text:
@@ -114,7 +115,11 @@ def run(made, monkeypatch, capsys):
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        return status, *capsys.readouterr()
+        out, run.notes = capsys.readouterr()
+        assert status == wanted, run.notes
+        if status in (1, 2):
+            assert run.notes.count("\n") == 1 + run.notes.startswith("usage:")
+        return run.notes if status else out
     return run
 
 
@@ -126,6 +131,14 @@ def write(path, text):
 
 def listing(folder="."):
     return set(os.listdir(folder))
+
+
+def contents(folder="."):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def read_json(*path):
+    return json.loads(Path(*path).read_bytes())
 
 
 def same(ours, theirs, tolerance=1e-6):
@@ -177,23 +190,18 @@ def parameters():
      "b'ab' and b'c' is out of order"),
     (lambda: tokenizer([(b" ", b"t")], ["\u0120t"], [b" t"]).save("."), "choose another"),
     (lambda: loaded("{", ""), "vocab.json is no JSON object"),
-    (lambda: loaded("[1]", ""), "vocab.json is no JSON object"),
     (lambda: loaded('{"a": 1.5}', ""), "vocab.json is no JSON object"),
     (lambda: loaded('{"a": 0, "a": 1}', ""), "vocab.json with .*all differ"),
     (lambda: loaded(None, b"\xff"), "merges.txt no text"),
     (lambda: loaded(None, "a b c\n"), "merges.txt: 'a b c' is not two tokens"),
-    (lambda: loaded(None, "a\n"), "merges.txt: 'a' is not two tokens"),
     (lambda: loaded(None, "a \u3000\n"), "merges.txt: .* is not two tokens"),
-    (lambda: loaded(None, "abc d\n"), "merges.txt: .*out of order"),
     (lambda: small_model(num_heads=5), "d_model=32 cannot be split into num_heads=5"),
     (lambda: small_model(num_heads=32), "must be even"),
     (lambda: small_model(vocab_size=0), "vocab_size=0"),
     (lambda: small_model(d_ff=-64), "d_ff=-64"),
-    (lambda: small_model()(torch.zeros(1, 17).long()), "17 tokens do not fit into the context of 16"),
     (lambda: tokens_in(b"\0" * 41, 300), "t.bin .*41 bytes"),
     (lambda: tokens_in(b"\0" * 42, 70_000), "t.bin .*42 bytes"),
     (lambda: tokens_in(b"\0" * 20, 300), "t.bin .*10 tokens"),
-    (lambda: tokens_in(b"", 300), "t.bin .*0 tokens"),
     (lambda: tokens_in(b"\0" * 40 + b"\1\1", 257), "t.bin .*token 257"),
     (lambda: get_batch(np.arange(10), 1, 10, "cpu"), "10 tokens are too few"),
     (lambda: AdamW(parameters(), lr=-1), "lr -1"),
@@ -202,10 +210,8 @@ def parameters():
     (lambda: AdamW(parameters(), weight_decay=-1), "weight_decay -1"),
     (lambda: SGD(parameters(), lr=-1), "-1 is negative"),
     (lambda: first_token(max_new_tokens=0), "max_new_tokens is 0"),
-    (lambda: first_token(temperature=-0.1), "temperature is -0.1"),
     (lambda: first_token(temperature=math.nan), "temperature is nan"),
     (lambda: first_token(top_k=-1), "top_k is -1"),
-    (lambda: first_token(top_p=0.0), r"top_p is 0\.0"),
     (lambda: first_token(top_p=1.1), r"top_p is 1\.1"),
     (lambda: first_token(num_samples=0), "num_samples 0"),
     (lambda: first_token([]), "empty prompt"),
@@ -219,7 +225,8 @@ def test_a_call_that_cannot_be_right_is_refused_by_name(call, message):
 
 # a command line, its exit status, what it says in one line
 REFUSED = """
-bpe.py --vocab_size=256                                 2  --vocab_size=256: choose 257
+bpe.py --help                                           0  worker processes; 0: one for each core
+bpe.py --vocab_size=300 --vocab_size=256                2  --vocab_size=256: choose 257
 bpe.py --vocab_size=1e3                                 2  a whole number
 bpe.py --vocab_size=                                    2  a whole number
 bpe.py --vocab_size=9223372036854775808                 2  a whole number
@@ -282,10 +289,9 @@ def test_a_wrong_command_line_ends_with_one_line_before_anything_is_made(run, li
     command, wanted, message = re.split("  +", line)
     write("empty", "")
     Path("link").symlink_to("data/train.bin")
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    status, out, err = run(command)
-    assert status == int(wanted) and message in err and err.count("\n") == 1 + err.startswith("usage:") and not out
-    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    before = contents()
+    assert message in run(command, int(wanted))
+    assert contents() == before
 
 
 # --------------------------------------------------------------------------------------------------------------- bpe.py
@@ -294,7 +300,7 @@ PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N
 SPACES = [chr(point) for point in range(0x3001) if regex.match(r"\s", chr(point))] + [
     "\x1c", "\x1f", "\u180e", "\u200b", "\ufeff"]
 BITS = SPACES + [" "] * 20 + ["\n"] * 6 + ["\r\n", "\t", "  ", "    ", " \n"] + list("aaabbstdmlvre'''0123_-.,!") + [
-    "\u0301", "\0", "\x7f", "\ufffd", "\U0003ffff", "\U00040000", "\U0010ffff", "0123456789abcdef" * 3,
+    "a" * 9, "ab" * 65, "é中" * 40, "thesing" * 20, "\u0301", "\0", "\x7f", "\ufffd", "\U0003ffff", "\U00040000", "\U0010ffff", "0123456789abcdef" * 3,
     *"'s 'll 've don't they'll é 中 文字 😀 👩\u200d🔬 ½ ٣ Ⅷ ß the ing <| |> <|end|> aab zq longer-than-fifteen".split()]
 MALFORMED = [b"\xff", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xf0\x9f\x98", b"\x80", b"\xed\xa0\x80"]
 SPECIALS = [END, "<|", "<|end", "aab", "a b", " z", "zq ", "q\nz", "b", "'s", "x<|", "…"]
@@ -315,11 +321,14 @@ def plain_words(text, specials):
     return in_bytes(word for i, piece in pieces for word in ([piece] if i % 2 else PATTERN.findall(piece)))
 
 
-def plain_ids(text, tokenizer):
-    """The ids of a text by the plain definitions."""
-    ids, specials = {token: number for number, token in tokenizer.vocab.items()}, tokenizer.special_tokens
-    return [ids[token] for word in plain_words(text, specials)
-            for token in ([word] if word in in_bytes(specials) else plain_encode(word, tokenizer.merges))]
+def by_definition(text, specials, num_merges):
+    """The vocabulary and the merges that a text gives, and its ids, all by the plain definitions."""
+    words, special = plain_words(text, specials), in_bytes(specials)
+    merges = plain_train(Counter(word for word in words if word not in special), num_merges)
+    vocab = [*bpe.BYTES, *(left + right for left, right in merges), *(token for token in special if len(token) > 1)]
+    ids = {token: number for number, token in enumerate(vocab)}
+    tokens = [token for word in words for token in ([word] if word in special else plain_encode(word, merges))]
+    return dict(enumerate(vocab)), merges, [ids[token] for token in tokens]
 
 
 def test_the_examples_in_the_docstrings_of_bpe_py_are_true():
@@ -329,6 +338,8 @@ def test_the_examples_in_the_docstrings_of_bpe_py_are_true():
 def test_the_handouts_examples_and_what_special_tokens_mean():
     words = {b"low": 5, b" lower": 2, b" widest": 3, b" newest": 6}
     assert [left + right for left, right in plain_train(words, 6)] == [b"st", b"est", b"ow", b"low", b"west", b"ne"]
+    many = {word: count << 32 for word, count in words.items()}   # counts beyond 32 bits
+    assert bpe.learn_merges(many, 12) == plain_train(many, 12) == plain_train(words, 12)
     merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
     handout = tokenizer(merges, more=[left + right for left, right in merges])
     assert handout.encode("the cat ate") == [259, 257, ord("a"), ord("t"), 260, ord("e")]
@@ -359,66 +370,41 @@ def test_fast_pretokens_are_the_plain_ones_and_no_cut_changes_one():
             assert [word for part in parts for word in plain_words(part, specials)] == words, (parts, specials)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 7])
-def test_a_file_trains_and_encodes_as_the_definition_says_for_any_number_of_processes(monkeypatch, processes):
-    monkeypatch.setattr(bpe, "BLOCK", 300)   # many blocks and slices, so that their edges fall into everything
-    monkeypatch.setattr(bpe, "SLICE", 40)
-    rng, pieces = random.Random(processes), in_bytes(BITS) + MALFORMED
-    for _ in range(80 if processes == 1 else 4):
-        specials, merges = rng.sample(SPECIALS, rng.randrange(5)), rng.choice([0, 5, 50, 400])
-        raw = b"".join(rng.choices(pieces, k=rng.randrange(400))) + b"a"
-        text, appended = raw.decode(errors="replace"), [token for token in in_bytes(specials) if len(token) > 1]
-        counts = Counter(word for word in plain_words(text, specials) if word not in in_bytes(specials))
-        vocab, found = train_bpe(write("text", raw), 256 + merges + len(appended), specials, processes)
-        assert found == plain_train(counts, merges), (raw, specials)
-        assert [*vocab.values()] == [*bpe.BYTES, *(left + right for left, right in found), *appended]
-        trained = Tokenizer(vocab, found, specials)
-        trained.encode_file("text", "ids", processes)
-        assert np.fromfile("ids", "<u2").tolist() == plain_ids(text, trained), (raw, specials)
+@pytest.mark.parametrize("processes, sizes", [(1, {}), (1, dict(LONG=0)), (2, dict(TOGETHER=3, LONG=5)),
+                                              (3, dict(CACHE=20)), (7, {})])
+def test_a_file_trains_and_encodes_as_the_definition_says_for_any_number_of_processes(monkeypatch, processes, sizes):
+    for name, size in {**sizes, "BLOCK": 300, "SLICE": 40}.items():   # edges of blocks and slices fall into everything
+        monkeypatch.setattr(bpe, name, size)
+    rng, pieces = random.Random(processes), [*in_bytes(BITS), *MALFORMED]
+    for _ in range(50 if processes == 1 else 4):
+        raw, specials = b"".join(rng.choices(pieces, k=rng.randrange(400))) + b"a", rng.sample(SPECIALS, rng.randrange(5))
+        text = raw.decode(errors="replace")
+        vocab, merges, ids = by_definition(text, specials, rng.choice([0, 5, 50, 400]))
+        assert train_bpe(write("text", raw), len(vocab), specials, processes) == (vocab, merges), (raw, specials)
+        tokenizer = Tokenizer(vocab, merges, specials)
+        tokenizer.encode_file("text", "ids", processes)
+        assert np.fromfile("ids", "<u2").tolist() == ids == tokenizer.encode(text), (raw, specials)
+        assert tokenizer.decode(ids) == text and tokenizer.encode("a") == [97]
+        assert "CACHE" not in sizes or len(tokenizer.cache) < 9
     assert listing() == {"text", "ids"}
-
-
-def test_training_on_ties_repeats_and_counts_beyond_32_bits_equals_the_definition():
-    rng = random.Random(3)
-    for letters in ["a", "ab", "abc", "aé"] * 15:
-        words = {"".join(rng.choices(letters, k=rng.randrange(1, 40))).encode(): rng.choice([1, 2, 3, 2 ** 33])
-                 for _ in range(rng.randrange(9))}
-        assert bpe.learn_merges(words, 200) == plain_train(words, 200)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A tokenizer trained on random text with special tokens."""
-    rng, specials = random.Random(5), [END, "<|", "a b"]
-    path = write(tmp_path_factory.mktemp("trained") / "text", "".join(random_text(rng) for _ in range(300)))
-    return Tokenizer(*train_bpe(path, 700, specials), specials)
-
-
-@pytest.mark.parametrize("sizes", [{}, dict(LONG=0), dict(TOGETHER=3, LONG=5), dict(CACHE=20, SLICE=50)])
-def test_encoding_equals_the_definition_and_decodes_to_the_text(trained, monkeypatch, sizes):
-    for name, size in sizes.items():
-        monkeypatch.setattr(bpe, name, size)
-    rng, tokenizer = random.Random(6), Tokenizer(trained.vocab, trained.merges, trained.special_tokens)
-    words = ["".join(rng.choices(letters, k=length)) for length in (1, 2, 15, 17, 129, 400)
-             for letters in ("a", "ab", "é中", "thesing")]
-    for text in [random_text(rng) for _ in range(150)] + words:
-        ids = plain_ids(text, tokenizer)
-        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
-        assert [*tokenizer.encode_iterable([text])] == ids   # by the array code that long texts take
-    assert (sum(len(word) + len(ids) for word, ids in tokenizer.cache.items()) < 3000) == ("CACHE" in sizes)
+    path, specials = tmp_path_factory.mktemp("trained") / "text", [END, "<|", "a b"]
+    return Tokenizer(*train_bpe(write(path, random_text(random.Random(5), 9000)), 700, specials), specials)
 
 
 def test_any_unicode_survives_encoding_and_decoding_and_what_is_malformed_is_replaced(trained):
-    points = [*range(0xD800), *range(0xE000, 0x110000)]
-    for text in ("".join(map(chr, points)), *("".join(map(chr, random.choices(points, k=9))) for _ in range(1000))):
-        assert trained.decode(trained.encode(text)) == text
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    assert trained.decode(trained.encode(text)) == text
     assert trained.encode("a\ud800b\udfff") == trained.encode("a\ufffdb\ufffd")   # lone surrogates
     assert trained.decode([0xE4, 0xBD, 97]) == "\ufffda"
 
 
 def test_encode_iterable_is_lazy_and_gives_the_ids_of_the_joined_text(trained):
-    rng = random.Random(9)
-    text = "".join(random_text(rng) for _ in range(2000))
+    text = random_text(random.Random(9), 50_000)
     for size in (1, 7, 10_000):
         assert [*trained.encode_iterable(text[i:i + size] for i in range(0, len(text), size))] == trained.encode(text)
     for item in ("once upon a time\n" * 3000, "\n" + "x" * 20_000):   # in the second, the only cut is far from the end
@@ -443,7 +429,7 @@ def test_ids_are_uint16_up_to_65536_tokens_and_uint32_beyond():
 
 def test_saved_files_have_gpt2s_layout_and_load_again(trained):
     trained.save(".")
-    table, lines = json.loads(Path("vocab.json").read_bytes()), Path("merges.txt").read_bytes().decode().split("\n")
+    table, lines = read_json("vocab.json"), Path("merges.txt").read_bytes().decode().split("\n")
     assert lines[0] == "#version: 0.2" and len(lines) == len(trained.merges) + 2
     assert [table[token] for token in ("\u0120", "\u010a", "!", END)] == [32, 10, 33, 256 + len(trained.merges)]
     write("merges.txt", "\r\n".join(lines[1:]))   # the version line may be absent
@@ -464,35 +450,34 @@ def test_a_pattern_makes_a_document_of_each_file_in_an_order_that_is_shuffled_bu
         write(f"notes/{i % 7}/{i}.md", text)
     Path("notes/folder.md").mkdir()
     command = "bpe.py --data_dir=notes --vocab_size=300 --num_processes=1"
-    assert run(f"{command} --data=notes/**/*.md --special_tokens=</s>,<a>")[0] == 0
+    run(f"{command} --data=notes/**/*.md --special_tokens=</s>,<a>")
     corpus = Path("notes/corpus.txt").read_text()
     *shuffled, rest = corpus.split("</s>")
     assert not rest and sorted(shuffled) == sorted(documents) and shuffled not in (documents, sorted(documents))
     training, validation = texts_of("notes")
     assert training + validation == corpus and training.endswith("</s>") and validation.startswith("Note")
-    status, _, err = run(f"{command} --data=notes/** --special_tokens=")
-    assert status == 0 and "corpus.txt" in err and not Path("notes/corpus.txt.tmp").exists()
+    run(f"{command} --data=notes/** --special_tokens=")
+    assert "corpus.txt" in run.notes and "corpus.txt.tmp" not in listing("notes")
     assert Path("notes/corpus.txt").read_text().count("\n\n") == 1000   # joined by a newline
 
 
-def test_files_that_vanish_cannot_be_read_or_are_not_utf8(run, monkeypatch):
+def test_files_that_vanish_are_left_out_and_what_cannot_be_read_is_said(run, monkeypatch):
     for name in "abc":
-        write(f"{name}.md", f"the text of {name} ".encode() * 300 + b"\xff")
-    told = []
-    for error in FileNotFoundError, PermissionError:
-        def failing(path, *how, **more):
-            if str(path) == "b.md":
-                raise error(2, "gone", path)
-            return io.open(path, *how, **more)
-        monkeypatch.setattr("builtins.open", failing)
-        told.append((*run(f"{BPE} --data=*.md"), Path("data/corpus.txt").read_bytes()))
-    (status, out, err, corpus), (refused, _, reason, after) = told
-    assert status == 0 and "2 malformed places" in out and err.count("\n") == 1 and "b.md was removed" in err
-    assert refused == 1 and "b.md" in reason and after == corpus
+        write(f"{name}.md", f"the text of {name} ".encode() * 3000 + b"\xff")
+    error, command = FileNotFoundError, f"{BPE} --data=*.md"
+
+    def failing(path, *how, **more):
+        if str(path) == "b.md":
+            raise error(2, "gone", path)
+        return io.open(path, *how, **more)
+    monkeypatch.setattr("builtins.open", failing)
+    assert "2 malformed places" in run(command) and run.notes.count("\n") == 1 and "b.md was removed" in run.notes
+    corpus, error = Path("data/corpus.txt").read_bytes(), PermissionError
+    assert "b.md" in run(command, 1) and Path("data/corpus.txt").read_bytes() == corpus
 
 
 def test_the_default_corpus_is_the_standard_library_and_its_order_is_fixed(run):
-    assert run("bpe.py --vocab_size=257 --num_processes=1")[0] == 0
+    run("bpe.py --vocab_size=257 --num_processes=1")
     modules = Path("data/corpus.txt").read_bytes().split(b"<|endoftext|>")
     assert Path(heapq.__file__).read_bytes() in modules and modules != sorted(modules)
     assert not any(b"test_all" in module for module in modules)
@@ -501,13 +486,13 @@ def test_the_default_corpus_is_the_standard_library_and_its_order_is_fixed(run):
 def test_the_held_out_text_begins_after_a_document_and_never_inside_a_special_token(run):
     text = "x" * 930 + "a b" * 20 + "<e>" + "y " * 20 + "<e>"
     write("text.txt", text)
-    status, _, err = run(f"{BPE} --special_tokens=<e>,a\\ b")
+    run(f"{BPE} --special_tokens=<e>,a\\ b")
+    assert "name a longer text with --val_data" in run.notes   # it has 41 ids
     training, validation = texts_of("data")
-    assert status == 0 and training.endswith("<e>") and training + validation == text and validation[0] == "y"
-    assert "name a longer text with --val_data" in err   # it has 41 ids
+    assert training.endswith("<e>") and training + validation == text and validation[0] == "y"
     for mark in range(3):   # no document ends near the mark, which falls into a special token
         write("text.txt", "x" * (925 + mark) + "a b" * 30 + " y" * 9)
-        assert run(f"{BPE} --special_tokens=a\\ b")[0] == 0
+        run(f"{BPE} --special_tokens=a\\ b")
         assert sum(text.count("a b") for text in texts_of("data")) == 30
 
 
@@ -516,16 +501,9 @@ def test_encoding_with_a_folders_own_tokenizer_keeps_its_files_and_only_temporar
     for name in ("train.bin.tmp_backup.txt", "vocab.json.tmpl", "merges.txt.tmp"):
         write(Path("data", name), "mine")
     write("text.txt", f"two three{END}" * 900)
-    assert run("bpe.py --data=text.txt --tokenizer_dir=data --num_processes=1")[0] == 0
+    run("bpe.py --data=text.txt --tokenizer_dir=data --num_processes=1")
     assert os.stat("data/vocab.json").st_ino == table and "three" in texts_of("data")[1]
     assert listing("data") == TABLES | {".lock", "train.bin.tmp_backup.txt", "vocab.json.tmpl"}
-
-
-def test_the_last_of_a_repeated_flag_wins_and_help_lists_all_with_their_comments(run):
-    status, out, err = run(f"{BPE} --vocab_size=3 --vocab_size 258")
-    assert status == 0 and "(258 tokens)" in out and not err
-    status, out, _ = run("bpe.py --help")
-    assert status == 0 and "worker processes; 0: one for each core" in out
 
 
 @posix
@@ -547,7 +525,8 @@ def test_a_kill_before_any_rename_or_removal_never_leaves_ids_beside_another_voc
         pid = os.fork()
         if not pid:
             os.replace, Path.unlink = killing(os.replace), killing(Path.unlink)
-            os._exit(run(f"{BPE} --data=new.txt")[0])
+            run(f"{BPE} --data=new.txt")
+            os._exit(0)
         alive = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         whole = Path("data/vocab.json").exists()
         if whole:
@@ -631,12 +610,12 @@ def test_blocks_survive_extremes():
     assert cross_entropy(coarse, torch.tensor(1)).item() == pytest.approx(math.log(50))
 
 
-def test_multi_head_attention_takes_positions_that_only_matter_relatively():
-    attention = m.MultiHeadSelfAttention(32, 4, m.RotaryPositionalEmbedding(10000.0, 8, 64))
+def test_attention_with_rope_takes_positions_that_only_matter_relatively_and_without_it_none():
     x, first = torch.randn(2, 7, 32), torch.arange(7)
-    same(attention(x), attention(x, first), 0)
-    same(attention(x), attention(x, torch.stack([first + 20, first + 57])), 1e-5)
-    assert (attention(x) - attention(x, first.flip(0))).abs().max() > 1e-3
+    for rope in None, m.RotaryPositionalEmbedding(10000.0, 8, 64):
+        attention = m.MultiHeadSelfAttention(32, 4, rope)
+        same(attention(x), attention(x, torch.stack([first + 20, first + 57])), 1e-5)
+        assert ((attention(x) - attention(x, first.flip(0))).abs().max() > 1e-3) == bool(rope)
 
 
 def test_a_model_is_its_blocks_before_or_after_norms_under_the_handouts_names():
@@ -646,14 +625,16 @@ def test_a_model_is_its_blocks_before_or_after_norms_under_the_handouts_names():
     nothing, norm = lambda x: x, lambda x: F.rms_norm(x, (32,), eps=1e-5)
     for changes, missing, before, after, last in [
             (dict(), "none", norm, nothing, norm), (dict(post_norm=True), "none", nothing, norm, norm),
-            (dict(rms_norm=False), "ln", nothing, nothing, nothing), (dict(swiglu=False), "w3", norm, nothing, norm)]:
+            (dict(rms_norm=False), "ln", nothing, nothing, nothing), (dict(rope=False), "none", norm, nothing, norm)]:
         model = small_model(**changes)
         assert {*model.state_dict()} == {name for name in names if missing not in name}
         x = model.token_embeddings(IDS)
         for layer in model.layers:
+            assert bool(layer.attn.rope) == ("rope" not in changes)
             x = after(x + layer.attn(before(x)))
             x = after(x + layer.ffn(before(x)))
-        same(model(IDS), last(x) @ model.lm_head.weight.T, 1e-5)
+        same(model(IDS), logits := last(x) @ model.lm_head.weight.T, 1e-5)
+        same(model.loss(IDS, IDS), F.cross_entropy(logits.mT, IDS), 1e-5)
 
 
 def test_initialisation_is_the_contracts():
@@ -670,36 +651,16 @@ def test_initialisation_is_the_contracts():
 
 def test_default_d_ff_is_a_multiple_of_64_near_8_3_d_model_or_4_d_model_without_the_gate():
     assert [m.default_d_ff(d) for d in (512, 768, 1600, 8)] == [1344, 2048, 4288, 64]
-    assert [len(small_model(d_ff=0, swiglu=gated).layers[0].ffn.w1.weight) for gated in (True, False)] == [64, 128]
+    assert len(small_model(d_ff=0, swiglu=False).layers[0].ffn.w1.weight) == 128
 
 
 @pytest.mark.parametrize("changes", ABLATIONS, ids=str)
-def test_a_future_token_changes_no_earlier_logit_and_every_ablation_trains(changes):
-    model, ids = small_model(**changes), torch.randint(50, (4, 17))
+def test_a_future_token_changes_no_earlier_logit(changes):
+    model, ids = small_model(**changes), torch.randint(50, (4, 16))
     changed = ids.clone()
     changed[:, 9] = (ids[:, 9] + 1) % 50
-    difference = (model(changed[:, :-1]) - model(ids[:, :-1])).abs().amax((0, 2))
-    assert difference[:9].max() < 1e-5 and difference[9:].min() > 1e-4
-    losses = []
-    for _ in range(3):
-        loss = model.loss(ids[:, :-1], ids[:, 1:])
-        same(loss, cross_entropy(model(ids[:, :-1]), ids[:, 1:]))
-        losses.append(loss.item())
-        for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
-            assert g.isfinite().all() and g.abs().max() > 0
-            p.data -= 0.05 * g
-    assert losses[2] < losses[1] < losses[0]
-
-
-def test_ablations_are_what_they_say():
-    assert small_model(tie_embeddings=True).token_embeddings.weight.std() < 0.2   # the head's deviation
-    assert small_model(num_heads=32, rope=False)(IDS).shape == (2, 3, 50)   # an odd d_k without RoPE
-    # without positions, the last token's logits cannot tell the order of those before it
-    ids = torch.arange(6)[None]
-    for rope in (False, True):
-        model = small_model(rope=rope, num_layers=1)
-        difference = (model(ids)[:, -1] - model(ids[:, [2, 0, 1, 4, 3, 5]])[:, -1]).abs().max()
-        assert difference > 1e-3 if rope else difference < 1e-5
+    difference = (model(changed) - model(ids)).abs().amax((0, 2))
+    assert difference[:9].max() < 1e-5 and difference[9:].min() > 1e-4   # while every later one hears of it
 
 
 @torch.no_grad()
@@ -747,8 +708,8 @@ def test_the_accounting_counts_what_a_real_model_has_and_does(switches, monkeypa
 
 
 def test_model_py_prints_the_handouts_answers_on_100_columns_and_accounts_for_any_shape_at_once(run):
-    status, out, _ = run("model.py")
-    assert status == 0 and max(map(len, out.splitlines())) < 100
+    out = run("model.py")
+    assert max(map(len, out.splitlines())) < 100
     # the handout's list of activations for the ungated XL, added up by hand
     T, V, N, D, H = 1024, 50257, 48, 1600, 25
     activations = 4 * (T * ((16 * N + 1) * D + 2 * V) + 2 * N * H * T ** 2)
@@ -766,7 +727,7 @@ def test_model_py_prints_the_handouts_answers_on_100_columns_and_accounts_for_an
                   "400,000 steps at 9.75 TFLOP/s: 5,115 days"):
         assert words in out, words
     # every layer of the default shape has 4 D^2 + 3 D F + 2 D parameters
-    assert f" {2 * 10000 * 512 + 512 + 10**8 * 3_113_984:,} " in run("model.py --num_layers=100000000")[1]
+    assert f" {2 * 10000 * 512 + 512 + 10**8 * 3_113_984:,} " in run("model.py --num_layers=100000000")
 
 
 # ------------------------------------------------------------------------------------------------------------- train.py
@@ -809,17 +770,13 @@ def step_once(model, rule, seed=1):
     return loss.item()
 
 
-def test_a_batch_holds_contexts_from_every_place_and_the_same_shifted_by_one():
-    inputs, targets = get_batch(np.arange(20, dtype=np.uint16), 2000, 10, "cpu", torch.Generator().manual_seed(3))
-    assert inputs.shape == targets.shape == (2000, 10) and inputs.dtype == targets.dtype == torch.int64
-    assert torch.equal(inputs + 1, targets) and torch.equal(inputs, inputs[:, :1] + torch.arange(10))
-    assert {*inputs[:, 0].tolist()} == {*range(10)}
-
-
-def test_a_batch_depends_on_seed_and_step_alone_and_processes_read_their_rows_of_it():
+def test_a_batch_holds_contexts_from_every_place_and_the_same_shifted_by_one_by_seed_and_step_alone():
     def draw(part=slice(None), seed=7, step=11):
-        return get_batch(np.arange(500), 8, 5, "cpu", train.generator_of_step(seed, step), part)[0]
-    assert torch.equal(torch.cat([draw(slice(0, 3)), draw(slice(3, 8))]), draw())
+        return get_batch(np.arange(20, dtype=np.uint16), 2000, 10, "cpu", train.generator_of_step(seed, step), part)[0]
+    inputs, targets = get_batch(np.arange(20, dtype=np.uint16), 2000, 10, "cpu")
+    assert {*inputs[:, 0].tolist()} == {*range(10)} and inputs.dtype == torch.int64
+    assert torch.equal(inputs + 1, targets) and torch.equal(inputs, inputs[:, :1] + torch.arange(10))
+    assert torch.equal(torch.cat([draw(slice(0, 300)), draw(slice(300, 2000))]), draw())
     assert not torch.equal(draw(step=12), draw()) and not torch.equal(draw(seed=8), draw())
 
 
@@ -831,10 +788,9 @@ def test_large_token_files_are_read_through_in_parts():
 
 def test_the_schedule_warms_up_linearly_and_falls_along_a_cosine():
     rates = [train.get_lr_cosine_schedule(it, 1.0, 0.1, 7, 21) for it in range(25)]
-    assert rates[:8] == pytest.approx([i / 7 for i in range(8)])
-    assert rates[8:21] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * i / 14)) for i in range(1, 14)])
-    assert rates[21:] == [0.1] * 4
-    assert [train.get_lr_cosine_schedule(it, 1.0, 0.1, 5 * it, 5) for it in (0, 1)] == [1.0, 0.1]
+    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * i / 14)) for i in range(14)]
+    assert rates == pytest.approx([*(i / 7 for i in range(7)), *cosine, *[0.1] * 4])
+    assert train.get_lr_cosine_schedule(0, 1.0, 0.1, 0, 10) == 1
 
 
 @pytest.mark.parametrize("limit", [0.1, 100.0])
@@ -880,29 +836,24 @@ def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_direct
     for shape in ((3, 32, 32), (2, 20, 48), (48, 20)):
         u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
         matrices = u * torch.logspace(-1, 1, min(shape[-2:])) @ v
-        for dtype, most, aside in (torch.float64, 0.22, 1e-9), (torch.bfloat16, 0.25, 0.1):
+        for dtype, aside in (torch.float64, 1e-9), (torch.bfloat16, 0.1):
             along = u.mT @ train.orthogonalise(matrices, dtype).double() @ v.mT
             values = along.diagonal(dim1=-2, dim2=-1)
-            assert (values - 1).abs().max() < most and (along - torch.diag_embed(values)).abs().max() < aside
-    one = torch.outer(torch.randn(30), torch.randn(40))   # its one singular value is the whole norm
-    assert torch.linalg.matrix_norm(train.orthogonalise(one, torch.bfloat16).float()) < 1.3
+            assert (values - 1).abs().max() < 0.25 and (along - torch.diag_embed(values)).abs().max() < aside
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_model_learns_by_heart_and_a_checkpoint_brings_it_and_its_optimiser_back_exactly(name):
+def test_a_model_learns_by_heart_and_a_checkpoint_brings_it_and_its_optimiser_back(name):
     model, rule = small_trainee(name)
-    first, memory, outs = step_once(model, rule), io.BytesIO(), [Path("a.pt"), "b.pt"]
-    for out in (*outs, memory):
-        save_checkpoint(model, rule, 17, out)
-    memory.seek(0)
-    second = [step_once(model, rule), [p.clone() for p in model.parameters()]]
-    for src in (*outs, memory):
+    losses, memory = [step_once(model, rule) for _ in range(60)], io.BytesIO()
+    assert losses[-1] < 0.1 < losses[0]
+    for place in (Path("a.pt"), "b.pt", memory):
+        save_checkpoint(model, rule, 17, place)
+        memory.seek(0)
         other, other_rule = small_trainee(name)
-        step_once(other, other_rule, seed=3)
-        assert load_checkpoint(src, other, other_rule) == 17
-        same([step_once(other, other_rule), [*other.parameters()]], second, 0)
+        assert load_checkpoint(place, other, other_rule) == 17
+        same([other.state_dict(), other_rule.state_dict()], [model.state_dict(), rule.state_dict()], 0)
     assert listing() == {"a.pt", "b.pt"}
-    assert [step_once(model, rule) for _ in range(60)][-1] < 0.1 < first
 
 
 class Evil:
@@ -910,15 +861,13 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def test_a_checkpoint_that_is_damaged_is_refused_or_gives_the_same_tensors():
-    model, rule = small_trainee("muon")
-    save_checkpoint(model, rule, 1, "good.pt")
-    good, rng, refused = Path("good.pt").read_bytes(), random.Random(0), 0
-    flipped = [good[:place] + bytes([good[place] ^ 1 << rng.randrange(8)]) + good[place + 1:]
-               for place in rng.choices(range(len(good)), k=300)]
-    for bad in [good[:rng.randrange(len(good))] for _ in range(100)] + flipped:
+def test_a_checkpoint_that_is_damaged_is_refused_or_gives_the_same_tensors(run):
+    good, rng, refused, saved = Path("out/ckpt.pt").read_bytes(), random.Random(0), 0, weights()
+    for place in rng.choices(range(len(good)), k=400):
+        flipped = bytes([good[place] ^ 1 << rng.randrange(8)])
+        write("bad.pt", good[:place] + rng.choice([b"", flipped + good[place + 1:], flipped + good[place + 1:]]))
         try:
-            same(read_checkpoint(write("bad.pt", bad))["model"], dict(model.state_dict()), 0)
+            same(read_checkpoint("bad.pt")["model"], saved, 0)
         except ValueError as refusal:
             assert "bad.pt is damaged" in str(refusal)
             refused += 1
@@ -939,24 +888,24 @@ def test_a_checkpoint_that_is_foreign_or_evil_is_refused_and_runs_nothing():
         load_checkpoint(write("bad.pt", saved({"model": {}})), None, None)
 
 
-def test_a_failed_write_leaves_the_older_checkpoint(monkeypatch):
+def test_a_failed_write_leaves_the_older_checkpoint(run, monkeypatch):
     def full(saved, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
-    save_checkpoint(*small_trainee(), 1, "c.pt")
+    before = contents("out")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="c.pt was not written.*No space left"):
-        save_checkpoint(*small_trainee(), 2, "c.pt")
-    assert read_checkpoint("c.pt")["iteration"] == 1 and listing() == {"c.pt"}
+    assert re.search("out/.* was not written.*No space left", run("train.py --resume=True --steps=16", 1))
+    after = contents("out")
+    assert after.keys() == before.keys() and all(after[name] == before[name] for name in ("ckpt.pt", "best.pt"))
 
 
 def test_a_run_leaves_a_folder_that_stands_alone_and_never_overwrites_one(run):
     before = Path("out/ckpt.pt").read_bytes()
-    status, out, _ = run(TRAIN)
-    assert status == 0 and "it is in out.1" in out and Path("out.1/ckpt.pt").read_bytes() == before
+    out = run(TRAIN)
+    assert "it is in out.1" in out and Path("out.1/ckpt.pt").read_bytes() == before
     same_runs("out", "out.1")
     assert listing("out") == {".lock", *train.RESULTS} and b"\r" not in Path("out/log.csv").read_bytes()
-    table, config = rows(), json.loads(Path("out/config.json").read_bytes())
+    table, config = rows(), read_json("out/config.json")
     assert [row["step"] for row in table] == ["1", "2", "4", "6", "8", "10", "12"]
     assert [row["step"] for row in table if row["val_loss"]] == ["4", "8", "12"]
     assert all(int(row["tokens"]) == int(row["step"]) * 4 * 16 for row in table)
@@ -971,13 +920,12 @@ def test_a_run_leaves_a_folder_that_stands_alone_and_never_overwrites_one(run):
 
 def test_compare_shows_last_and_best_losses_and_draws_the_runs_that_a_pattern_names(run):
     import xml.etree.ElementTree as xml
-    assert run(f"{TRAIN} --seed=1 --lr=0.3 '--out_dir=out&<b>' --log_interval=1 --steps=20")[0] == 0
+    run(f"{TRAIN} --seed=1 --lr=0.3 '--out_dir=out&<b>' --log_interval=1 --steps=20")
     before = Path("out/curves.svg").read_bytes()
-    status, out, _ = run("train.py --compare=out*")
-    head, *lines = out.splitlines()
-    assert status == 0 and "seed" in head and "d_model" not in head
-    for line, name in zip(lines, ("out", "out&<b>"), strict=False):
-        size = json.loads(Path(name, "config.json").read_bytes())["val_bytes_per_token"]
+    head, *lines = run("train.py --compare=out*").splitlines()
+    assert "seed" in head and "d_model" not in head
+    for line, name in zip(lines, ("out", "out&<b>")):
+        size = read_json(name, "config.json")["val_bytes_per_token"]
         losses = [float(row["val_loss"]) for row in rows(name) if row["val_loss"]]
         for loss in (losses[-1], min(losses)):
             assert line.startswith(name) and f"{loss:.4f}" in line and f"{loss / math.log(2) / size:.4f}" in line
@@ -989,39 +937,33 @@ def test_compare_shows_last_and_best_losses_and_draws_the_runs_that_a_pattern_na
     assert Path("out/curves.svg").read_bytes() == before
 
 
-@pytest.mark.parametrize("row, whole", [("1,2,3.0,1,5.5,,1,2\n2,2", True), ("1,2", False), ("1,2,3,1,1e400,,1,2", False),
-                                        ("1,2,3,1,5,nan,1,2", False), ("1,2,3,,5,,1,2", False),
-                                        ("1,2,x,1,5,,1,2", False)])
-def test_a_log_is_read_whole_but_for_a_row_that_was_cut_or_refused_by_name(run, row, whole):
+@pytest.mark.parametrize("row, status, told", [
+    ("1,2,3.0,1,5.5,,1,2\n2,2", 0, "5.5000"), *((row, 1, "out/log.csv") for row in (
+        "1,2", "1,2,3,1,1e400,,1,2", "1,2,3,1,5,nan,1,2", "1,2,3,,5,,1,2", "1,2,x,1,5,,1,2"))])
+def test_a_log_is_read_whole_but_for_a_row_that_was_cut_or_refused_by_name(run, row, status, told):
     write("out/log.csv", ",".join(train.COLUMNS) + "\n" + row)
-    status, out, err = run("train.py --compare=out --out_dir=new")
-    assert (status == 0 and "5.5000" in out and not err if whole else
-            status == 1 and "out/log.csv" in err and err.count("\n") == 1)
+    assert told in run("train.py --compare=out --out_dir=new", status)
 
 
 def test_a_run_resumes_with_its_own_constants_and_what_it_has_lost_is_restored(run):
-    command = f"{TRAIN} --lr=0.01 --optimizer=muon --out_dir"
+    command, resume = f"{TRAIN} --lr=0.01 --optimizer=muon --out_dir", "train.py --resume=True --out_dir=new"
     for folder in ("straight", "new"):
-        assert run(f"{command}={folder}")[0] == 0
-    status, out, _ = run("train.py --resume=True --out_dir=new")
-    assert status == 0 and "all of its 12 steps" in out
-    status, out, _ = run("train.py --resume=True --out_dir=new --steps=16 --lr=0.01")
-    assert status == 0 and "new schedule" in out and "step 16 of 16" in out
-    assert json.loads(Path("new/config.json").read_bytes())["steps"] == 16
-    assert run(f"{command}=straight --resume=True --steps=16")[0] == 0
+        run(f"{command}={folder}")
+    assert "all of its 12 steps" in run(resume)
+    out = run(f"{resume} --steps=16 --lr=0.01")
+    assert "new schedule" in out and "step 16 of 16" in out and read_json("new/config.json")["steps"] == 16
+    run(f"{command}=straight --resume=True --steps=16")
     same_runs("straight", "new")
     for name in ("log.csv", "config.json", "vocab.json", "best.pt"):
         Path("new", name).unlink()
-    status, out, _ = run("train.py --resume=True --out_dir=new --steps=20")
-    assert status == 0 and "lost best.pt, log.csv, config.json, vocab.json" in out and rows("new")[0]["step"] == "18"
-    assert listing("new") == {".lock", *train.RESULTS}
+    assert "lost best.pt, log.csv, config.json, vocab.json" in run(f"{resume} --steps=20")
+    assert listing("new") == {".lock", *train.RESULTS} and rows("new")[0]["step"] == "18"
     train.load_run("new")
     shutil.copytree("data", "other")
     shutil.copyfile("data/train.bin", "other/val.bin")
-    status, _, err = run("train.py --resume=True --out_dir=new --data_dir=other")
-    assert status == 2 and "val.bin is another file" in err
+    assert "val.bin is another file" in run(f"{resume} --data_dir=other", 2)
     Path("new/ckpt.pt").unlink()   # nothing is left to resume, but best.pt is not overwritten
-    assert "it is in new.1" in run("train.py --resume=True --out_dir=new --steps=4")[1]
+    assert "it is in new.1" in run(f"{resume} --steps=4")
 
 
 FORKING = """
@@ -1091,11 +1033,11 @@ def test_a_run_that_is_ended_early_saves_a_checkpoint_from_which_it_goes_on_exac
             raise end
         os.kill(os.getpid(), end)
     command = f"{TRAIN} --steps=40 --eval_interval=100 --log_interval=7 --out_dir"
-    assert run(f"{command}=straight")[0] == 0
-    found, out, err = run(f"{command}=broken", when="step 14 of", do=interrupt)
-    assert found == status and read_checkpoint("broken/ckpt.pt")["iteration"] in (14, 15)
-    assert "Traceback" not in err and ("--resume=True" in out) == (status > 1) == Path("broken/curves.svg").exists()
-    assert run("train.py --resume=True --out_dir=broken")[0] == 0
+    run(f"{command}=straight")
+    run(f"{command}=broken", status, when="step 14 of", do=interrupt)
+    assert read_checkpoint("broken/ckpt.pt")["iteration"] < 40
+    assert ("curves.svg" in listing("broken")) == (status > 1)
+    run("train.py --resume=True --out_dir=broken")
     same_runs("broken", "straight")
 
 
@@ -1108,9 +1050,9 @@ def test_a_run_whose_output_goes_to_a_closed_pipe_saves_a_checkpoint_and_ends_si
 
 @posix
 def test_two_processes_do_what_one_does_and_so_do_two_that_share_the_model(run, absolute):
-    assert run(f"{TRAIN} --optimizer=muon --steps=6 --out_dir=one")[0] == 0
+    run(f"{TRAIN} --optimizer=muon --steps=6 --out_dir=one")
     more = "--optimizer=muon --steps=6 --grad_accum=2"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                            *shlex.split(f"{absolute}/two {more}")],
                           cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("validation loss") == 1, done.stderr
@@ -1122,7 +1064,7 @@ def test_two_processes_do_what_one_does_and_so_do_two_that_share_the_model(run, 
         for a, b in zip(rows("one"), rows(other), strict=True):
             for name in ("train_loss", "grad_norm"):
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3)
-    assert run("train.py --resume=True --out_dir=shared --shard=False --steps=8")[0] == 0
+    run("train.py --resume=True --out_dir=shared --shard=False --steps=8")
 
 
 @posix
@@ -1138,8 +1080,8 @@ os.kill(first, signal.SIGKILL)
 
 
 def test_divergence_is_said_and_keeps_the_last_good_checkpoint(run):
-    status, _, err = run(f"{TRAIN} --steps=100 --lr=1e3 --eval_interval=1 --log_interval=4 --warmup_steps=50")
-    assert status == 1 and "diverged" in err and all(tensor.isfinite().all() for tensor in weights().values())
+    assert "diverged" in run(f"{TRAIN} --steps=100 --lr=1e3 --eval_interval=1 --log_interval=4 --warmup_steps=50", 1)
+    assert all(tensor.isfinite().all() for tensor in weights().values())
     assert all(math.isfinite(float(row["train_loss"])) for row in rows())
 
 
@@ -1157,8 +1099,8 @@ def test_a_timed_run_ends_within_its_time_at_the_smallest_rate_and_tells_what_is
         seconds += 1
     monkeypatch.setattr(time, "perf_counter", clock)
     command = f"{TRAIN} --max_minutes=0.1 --eval_interval=1000000 --log_interval=5 --warmup_steps=1000000"
-    status, out, _ = run(command, when="parameters", do=slow_start)
-    assert status == 0 and 4 < seconds < 6
+    out = run(command, when="parameters", do=slow_start)
+    assert 4 < seconds < 6
     table = rows()
     rates = {row["step"]: float(row["lr"]) for row in table}
     assert float(table[-1]["lr"]) < 1e-4 and table[-1]["val_loss"]
@@ -1169,62 +1111,57 @@ def test_a_timed_run_ends_within_its_time_at_the_smallest_rate_and_tells_what_is
 
 
 def test_a_short_run_warms_up_over_its_first_tenth(run):
-    assert "warming up over 2" in run(f"{TRAIN} --steps=20 --warmup_steps=11 --log_interval=1")[1]
+    assert "warming up over 2" in run(f"{TRAIN} --steps=20 --warmup_steps=11 --log_interval=1")
     assert [float(row["lr"]) for row in rows()[:2]] == [0.0015, 0.003]
 
 
 def test_a_run_that_over_fits_keeps_its_best_weights_and_says_so(run):
     write("data/train.bin", Path("data/train.bin").read_bytes()[:200])
-    status, out, _ = run(f"{TRAIN} --steps=60 --eval_interval=10 --lr=0.03")
+    out = run(f"{TRAIN} --steps=60 --eval_interval=10 --lr=0.03")
     losses = {int(row["step"]): float(row["val_loss"]) for row in rows() if row["val_loss"]}
     step = min(losses, key=losses.get)
-    assert status == 0 and losses[step] < losses[60] - 0.1
+    assert losses[step] < losses[60] - 0.1
     assert f"validation loss {losses[60]:.4f} (best {losses[step]:.4f} at step {step}" in out
-    model, tokenizer, _ = train.load_run("out")
-    tokens = load_tokens("data/val.bin", len(tokenizer.vocab), 16)
-    places = np.linspace(0, len(tokens) - 17, 8).astype(int)   # two batches of four, spread evenly
-    inputs = torch.from_numpy(tokens[places[:, None] + np.arange(17)].astype(np.int64))
-    assert model.loss(inputs[:, :-1], inputs[:, 1:]).item() == pytest.approx(losses[step], abs=1e-4)
+    for name, loss in ("best.pt", losses[step]), ("ckpt.pt", losses[60]):   # without a best.pt, ckpt.pt counts
+        run(f"{TRAIN} --init_from=out --out_dir={name} --steps=1 --lr=1e-9 --min_lr=0")
+        assert float(rows(name)[0]["val_loss"]) == pytest.approx(loss, abs=1e-4)
+        Path("out/best.pt").unlink(missing_ok=True)
 
 
 def test_fine_tuning_begins_with_weights_shape_and_tokenizer_of_another_run(run):
-    assert run(f"{TRAIN} --steps=40 --d_ff=48 --post_norm=True --out_dir=parent")[0] == 0
+    run(f"{TRAIN} --steps=40 --d_ff=48 --post_norm=True --out_dir=parent")
     command = ("train.py --device=cpu --dtype=float32 --compile=False --steps=4 --eval_interval=2 --eval_batches=2 "
                "--log_interval=1 --lr=1e-9 --min_lr=0 --init_from=parent")
-    assert run(f"{command} --out_dir=child --context_length=8")[0] == 0
+    run(f"{command} --out_dir=child --context_length=8")
     config = train.load_run("child")[2]
     assert (config["d_ff"], config["post_norm"], config["context_length"]) == (48, True, 8)
     assert float(rows("child")[0]["train_loss"]) < float(rows("parent")[4]["train_loss"])
     same(weights("child"), weights("parent", "best.pt"))
-    assert run("train.py --out_dir=child --init_from=parent --resume=True --steps=6")[0] == 0
-    assert run("train.py --out_dir=child --init_from=nowhere --resume=True")[0] == 2
+    run("train.py --out_dir=child --init_from=parent --resume=True --steps=6")
+    run("train.py --out_dir=child --init_from=nowhere --resume=True", 2)
     shutil.copytree("data", "other")
     tokenizer([(b"a", b"b")], [END], [b"ab"]).save("other")
-    status, _, err = run(f"{command} --data_dir=other --out_dir=child")
-    assert status == 2 and "bpe.py --tokenizer_dir=parent" in err
-    assert run(f"{command} --out_dir=parent")[0] == 0   # which is moved aside
-    assert Path(json.loads(Path("parent/config.json").read_bytes())["init_from"]).name == "parent.1"
+    assert "bpe.py --tokenizer_dir=parent" in run(f"{command} --data_dir=other --out_dir=child", 2)
+    run(f"{command} --out_dir=parent")   # which is moved aside
+    assert Path(read_json("parent/config.json")["init_from"]).name == "parent.1"
 
 
 def test_broken_data_a_full_disk_and_a_model_beyond_the_memory_are_refused_at_the_beginning(run, monkeypatch):
-    def refused(more=""):
-        status, _, err = run(f"{TRAIN} --out_dir=new {more}")
-        assert status == 1 and err.count("\n") == 1
-        return err
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: type("", (), dict(free=100)))
-        assert "make room" in refused()
-    assert "smaller model" in refused("--d_model=100000000 --num_heads=10000000")
+        assert "make room" in run(TRAIN, 1)
+    assert "smaller model" in run(f"{TRAIN} --d_model=100000000 --num_heads=10000000", 1)
     os.truncate("data/val.bin", 101)
-    assert "val.bin" in refused()
+    assert "val.bin" in run(TRAIN, 1)
     Path("data/vocab.json").unlink()
-    assert "not to its end" in refused()
+    assert "not to its end" in run(TRAIN, 1)
 
 
 @linux
 def test_a_run_folder_whose_name_is_no_text_is_as_good_as_any(run):
     out = os.fsdecode(b"\xff out")
-    assert run(f"{TRAIN} '--out_dir={out}'")[0] == run(f"train.py --resume=True '--out_dir={out}' --steps=16")[0] == 0
+    run(f"{TRAIN} '--out_dir={out}'")
+    run(f"train.py --resume=True '--out_dir={out}' --steps=16")
     assert "? out" in Path(out, "curves.svg").read_text() and len(rows(out)) == 9
 
 
@@ -1245,22 +1182,21 @@ def greedy_without_cache(model, ids, count):
 @pytest.mark.parametrize("switches", [*ABLATIONS, *(dict(context_length=length) for length in (1, 2, 3, 8))], ids=str)
 def test_greedy_text_is_the_same_with_and_without_cache_within_and_beyond_the_context(switches):
     model = small_model(vocab_size=61, d_ff=48, **switches)   # 61: a head that cannot be cut into blocks
-    before = [(type(module), *map(id, module.parameters())) for module in model.modules()]
-    for length in (1, 2, 3, 7, 8, 17):
+    before = str(model)
+    for length in (1, 2, 3, 7, 17):
         ids = torch.randint(61, (length,)).tolist()
         expected = greedy_without_cache(model, ids, 20)
         assert [*generate(model, ids, 20, temperature=0)] == expected
         assert [*generate(model, ids, 20, temperature=0, num_samples=2)] == [[one, one] for one in expected]
-    assert before == [(type(module), *map(id, module.parameters())) for module in model.modules()]
     model(torch.tensor([[1]])).sum().backward()   # still trainable: no tensor of inference mode has stayed in it
+    assert str(model) == before
 
 
 def test_top_k_and_top_p_on_a_distribution_made_by_hand():
     for limits, kept in [
             (dict(top_k=9), {0: 0.2, 1: 0.5, 2: 0.05, 3: 0.25}), (dict(top_k=2), {1: 0.6667, 3: 0.3333}),
-            (dict(top_p=0.4), {1: 1}), (dict(top_p=1e-9), {1: 1}),
-            (dict(top_p=0.6), {1: 0.6667, 3: 0.3333}),            # 0.5 falls short of 0.6, 0.75 reaches it
-            (dict(top_k=2, top_p=0.6), {1: 1}),                   # top-k first: 0.5 / 0.75 reaches 0.6
+            (dict(top_p=0.4), {1: 1}), (dict(top_p=0.6), {1: 0.6667, 3: 0.3333}),   # 0.5 falls short, 0.75 reaches it
+            (dict(top_k=2, top_p=0.6), {1: 1}),                                     # top-k first: 0.5 / 0.75 reaches it
             (dict(temperature=0.5), {0: 0.1127, 1: 0.7042, 2: 0.007, 3: 0.1761}),
             (dict(temperature=0), {1: 1}), (dict(temperature=1e-300), {1: 1})]:
         probabilities, ids = candidates(torch.tensor([0.2, 0.5, 0.05, 0.25]).log(), **limits)
@@ -1275,14 +1211,14 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
 
 
 def test_the_end_token_ends_a_text_and_fills_up_those_that_wait_and_begins_an_empty_one():
-    texts = []
+    model, texts = small_model(vocab_size=4), []
     for ids in ([], [3]):
-        texts.append([*zip(*generate(small_model(vocab_size=4), ids, 200, end_id=3, num_samples=8))])
-    assert texts[0] == texts[1] and len({text.index(3) if 3 in text else 0 for text in texts[0]}) > 2
-    for text in texts[0]:
-        assert 3 not in text or {*text[text.index(3):]} == {3}
+        torch.manual_seed(0)
+        texts.append([*zip(*generate(model, ids, 200, end_id=3, num_samples=8))])
+    assert texts[0] == texts[1] and len({(*text, 3).index(3) for text in texts[0]}) > 2
+    assert all({*text[(*text, 3).index(3):]} <= {3} for text in texts[0])
     assert not all(text[-1] == 3 for text in texts[0])   # the row in which the last one ends is not yielded
-    assert 3 not in [*generate(small_model(vocab_size=4), [0], 200, end_id=3)]
+    assert 3 not in [*generate(model, [0], 200, end_id=3)]
 
 
 @pytest.mark.parametrize("context_length", [1, 4, 7, 64])
@@ -1303,20 +1239,17 @@ def test_streaming_never_prints_half_a_character_and_replaces_malformed_bytes(mo
 
 
 def test_sample_py_continues_a_prompt_from_the_command_line_a_file_and_standard_input(run, monkeypatch):
-    flags = "--max_new_tokens=30 --seed=3"
-    status, out, err = run(f"sample.py --prompt 'the é' {flags}")
-    assert status == 0 and out.startswith("the é") and "tokens/s" in err and "note" not in err
     write("prompt", "the é")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("the é".encode())))
-    for source in ("@prompt", "-"):
-        assert run(f"sample.py --prompt={source} {flags}")[1] == out
-    assert run("sample.py --prompt 'the é' --max_new_tokens=30 --seed=4")[1] != out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xc3\xa9")))
+    one, *others = (run(f"sample.py --prompt '{source}' --seed=3") for source in ("the é", "@prompt", "-"))
+    assert others == [one] * 2 and one.startswith("the é") and "tokens/s" in run.notes and "note" not in run.notes
+    assert run("sample.py --prompt 'the é' --seed=4") != one
 
 
 def test_sample_py_cuts_a_long_prompt_and_labels_several_samples(run):
-    status, out, err = run(f"sample.py --prompt {'é' * 9} --num_samples=3 --max_new_tokens=4")
-    assert status == 0 and "the prompt has 18 tokens; the model sees the last 16" in err
-    assert [line for line in out.split("\n") if line[:3] == "---"] == [f"--- sample {i} of 3" for i in (1, 2, 3)]
+    out = run(f"sample.py --prompt {'é' * 9} --num_samples=3 --max_new_tokens=4")
+    assert "the prompt has 18 tokens; the model sees the last 16" in run.notes
+    assert re.findall("^---.*", out, re.M) == [f"--- sample {i} of 3" for i in (1, 2, 3)]
 
 
 def test_sample_py_scores_a_text_after_the_first_special_token(run):
@@ -1324,21 +1257,10 @@ def test_sample_py_scores_a_text_after_the_first_special_token(run):
     model, tokenizer, _ = train.load_run("out")
     ids = [tokenizer.special_tokens[END]] + tokenizer.encode(text)   # special tokens in the text count as such
     nats, tokens, size = sum(surprise(model, ids)), len(ids) - 1, len(text.encode())
-    assert run(f"sample.py --score '{text}'")[1] == (
+    assert run(f"sample.py --score '{text}'") == (
         f"{nats / tokens:.4f} nats per token, {nats / tokens / math.log(2):.4f} bits per token, "
         f"{nats / math.log(2) / size:.4f} bits per byte, perplexity {math.exp(nats / tokens):.2f} "
         f"({tokens} tokens, {size} bytes)\n")
-
-
-def test_sample_py_takes_the_last_weights_where_there_are_no_best_ones(run):
-    best = run("sample.py --score=the")[1]
-    shutil.copyfile("out/best.pt", "best")
-    model, _, _ = train.load_run("out")
-    saved = read_checkpoint("out/ckpt.pt")
-    torch.save({**saved, "model": {name: 2 * tensor for name, tensor in saved["model"].items()}}, "out/ckpt.pt")
-    assert run("sample.py --score=the")[1] == best
-    Path("out/best.pt").unlink()
-    assert run("sample.py --score=the")[1] != best
 
 
 @posix
@@ -1349,10 +1271,10 @@ def test_a_closed_stream_is_an_empty_one_and_no_note_goes_into_standard_output(r
 
 
 def test_a_run_without_special_tokens_needs_a_prompt(run):
-    assert run("bpe.py --data=text.txt --vocab_size=260 --special_tokens= --num_processes=1")[0] == run(TRAIN)[0] == 0
-    status, _, err = run("sample.py")
-    assert status == 2 and "--prompt" in err and "end_id" not in err
-    assert run("sample.py --prompt=the --max_new_tokens=2")[0] == 0
+    run("bpe.py --data=text.txt --vocab_size=260 --special_tokens= --num_processes=1")
+    run(TRAIN)
+    assert "--prompt" in run("sample.py", 2) and "end_id" not in run.notes
+    run("sample.py --prompt=the --max_new_tokens=2")
 
 
 def read_safetensors(path):
@@ -1376,7 +1298,7 @@ LLAMA = """model.embed_tokens token_embeddings  model.layers layers  model.norm 
 
 def exported_llama(folder):
     """The exported model: ours, but for the names and for RoPE, which turns the pairs (k, k + d_k / 2) in a Llama."""
-    config, state = json.loads(Path(folder, "config.json").read_bytes()), {}
+    config, state = read_json(folder, "config.json"), {}
     for name, tensor in read_safetensors(Path(folder, "model.safetensors")).items():
         for theirs, ours in zip(LLAMA[::2], LLAMA[1::2]):
             name = name.replace(theirs, ours)
@@ -1394,11 +1316,12 @@ def exported_llama(folder):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_exported_run_is_a_llama_with_a_gpt2_tokenizer(run, tied):
-    assert run(f"{TRAIN} --tie_embeddings={tied} --num_layers=2")[0] == run("sample.py --export=new/llama")[0] == 0
+    run(f"{TRAIN} --tie_embeddings={tied} --num_layers=2")
+    run("sample.py --export=new/llama")
     (model, tokenizer, _), (llama, config) = train.load_run("out"), exported_llama("new/llama")
     ids = torch.randint(len(tokenizer.vocab), (3, 16))
     same(llama(ids), model(ids), 1e-5)
-    words = json.loads(Path("new/llama/tokenizer_config.json").read_bytes())
+    words = read_json("new/llama/tokenizer_config.json")
     end, user = tokenizer.special_tokens.values()
     assert config["architectures"] == ["LlamaForCausalLM"] and config["eos_token_id"] == end
     assert words["tokenizer_class"] == "GPT2Tokenizer" and words["eos_token"] == words["bos_token"] == END
@@ -1409,9 +1332,9 @@ def test_an_exported_run_is_a_llama_with_a_gpt2_tokenizer(run, tied):
 def test_what_is_no_llama_or_finds_no_room_is_not_exported(run, monkeypatch):
     for changes in ABLATIONS[1:5]:
         (name, value), = changes.items()
-        assert run(f"{TRAIN} --{name}={value} --steps=1")[0] == 0
-        status, _, err = run("sample.py --export=new")
-        assert status == 2 and name in err and not Path("new").exists()
+        run(f"{TRAIN} --{name}={value}")
+        assert float(rows()[0]["train_loss"]) > float(rows()[-1]["train_loss"])   # every ablation trains
+        assert name in run("sample.py --export=new", 2) and not Path("new").exists()
     shutil.copytree("out.1", "out", dirs_exist_ok=True)
     Path("new").mkdir()
     before, dumps = listing(), json.dumps
@@ -1421,7 +1344,8 @@ def test_what_is_no_llama_or_finds_no_room_is_not_exported(run, monkeypatch):
             raise OSError(28, "No space left on device")
         return dumps(value, **more)
     monkeypatch.setattr(json, "dumps", full)
-    assert run("sample.py --export=new")[0] == 1 and not listing("new") and listing() == before
+    run("sample.py --export=new", 1)
+    assert not listing("new") and listing() == before
 
 
 # ------------------------------------------------------------------------------------------ the questions about Unicode
@@ -1515,20 +1439,19 @@ def working(large):
 @linux
 def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next_run_clears_up(large):
     rng, made, begin = random.Random(1), [], time.monotonic()
-    for size in (300, 900):
+    for size in ("300", "900"):
         assert finish(f"{large} --vocab_size={size} --data_dir={size}")[0] == 0
-        made.append({name: Path(str(size), name).read_bytes() for name in TABLES})
+        made.append(contents(size))
     seconds = (time.monotonic() - begin) / 2
-    for i in range(5):
-        process = start(f"{large} --vocab_size={(300, 900)[i % 2]}", start_new_session=True)
+    for size in ("300", "900", "300", "900", "300"):
+        process = start(f"{large} --vocab_size={size}", start_new_session=True)
         time.sleep(rng.uniform(0.2, 1) * seconds)
         process.kill()
         process.communicate()
         wait_until(lambda: not members(process.pid))
-        for path in Path("data").glob("*.*[nt]"):
-            assert path.name in TABLES and path.read_bytes() in [files[path.name] for files in made]
-    assert finish(f"{large} --vocab_size=300")[0] == 0 and listing("data") == TABLES | {".lock"}
-    assert {name: Path("data", name).read_bytes() for name in TABLES} == made[0]
+        assert all(content in [files[name] for files in made] for name, content in contents("data").items()
+                   if not name.endswith(".tmp"))
+    assert finish(f"{large} --vocab_size=300")[0] == 0 and contents("data") == made[0]
 
 
 @linux
@@ -1569,7 +1492,7 @@ def test_ctrl_c_while_packages_load_leaves_no_traceback(script, package):
 @linux
 def test_a_full_disk_is_said_by_file_and_leaves_the_old_files(run):
     import resource
-    before = {name: Path("data", name).read_bytes() for name in TABLES}
+    before = contents("data")
     write("text.txt", "one two three four five six seven eight nine ten\n" * 3000)
 
     def limit():
@@ -1577,7 +1500,7 @@ def test_a_full_disk_is_said_by_file_and_leaves_the_old_files(run):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     status, _, err = finish(f"{BPE} --vocab_size=258", preexec_fn=limit)
     assert status == 1 and err.count("\n") == 1 and "train.bin" in err and "too large" in err
-    assert {name: Path("data", name).read_bytes() for name in TABLES} == before and len(listing("data")) == 5
+    assert contents("data") == before
 
 
 def test_odd_names_a_c_locale_and_no_home_cost_nothing(tmp_path):
