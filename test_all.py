@@ -301,7 +301,7 @@ SPACES = [chr(point) for point in range(0x3001) if regex.match(r"\s", chr(point)
     "\x1c", "\x1f", "\u180e", "\u200b", "\ufeff"]
 BITS = SPACES + [" "] * 20 + ["\n"] * 6 + ["\r\n", "\t", "  ", "    ", " \n"] + list("aaabbstdmlvre'''0123_-.,!") + [
     "a" * 9, "ab" * 65, "é中" * 40, "thesing" * 20, "\u0301", "\0", "\x7f", "\ufffd", "\U0003ffff", "\U00040000", "\U0010ffff", "0123456789abcdef" * 3,
-    *"'s 'll 've don't they'll é 中 文字 😀 👩\u200d🔬 ½ ٣ Ⅷ ß the ing <| |> <|end|> aab zq longer-than-fifteen".split()]
+    *"'s 'll 've 're 'm don't they'll é 中 文字 😀 👩\u200d🔬 ½ ٣ Ⅷ ß the ing <| |> <|end|> aab zq longer-than-fifteen".split()]
 MALFORMED = [b"\xff", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xf0\x9f\x98", b"\x80", b"\xed\xa0\x80"]
 SPECIALS = [END, "<|", "<|end", "aab", "a b", " z", "zq ", "q\nz", "b", "'s", "x<|", "…"]
 
@@ -339,16 +339,15 @@ def test_the_handouts_examples_and_what_special_tokens_mean():
     words = {b"low": 5, b" lower": 2, b" widest": 3, b" newest": 6}
     assert [left + right for left, right in plain_train(words, 6)] == [b"st", b"est", b"ow", b"low", b"west", b"ne"]
     many = {word: count << 32 for word, count in words.items()}   # counts beyond 32 bits
-    assert bpe.learn_merges(many, 12) == plain_train(many, 12) == plain_train(words, 12)
+    assert bpe.learn_merges(many, 12) == plain_train(words, 12)
     merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
     handout = tokenizer(merges, more=[left + right for left, right in merges])
     assert handout.encode("the cat ate") == [259, 257, ord("a"), ord("t"), 260, ord("e")]
     # the leftmost match wins, and then the longest
     assert tokenizer(specials=["<|", "<|end", "x<|", "d|"]).encode("<|end|x<|e") == [257, 124, 258, 101]
     # a special token keeps the id that the vocabulary gives it; special is what the caller names, nothing else
-    vocab = dict(enumerate([b"<x>", *bpe.BYTES]))
-    assert Tokenizer(vocab, [], ["<x>", "<y>"]).encode("a<x><y>") == [98, 0, 257]
-    assert Tokenizer(vocab, []).encode("<x>") == [61, 121, 63]
+    assert tokenizer(specials=["<y>", "<x>"], more=[b"<x>"]).encode("a<x><y>") == [97, 256, 257]
+    assert tokenizer(more=[b"<x>"]).encode("<x>") == [*b"<x>"]
 
 
 def test_every_character_is_of_the_kind_that_the_pattern_gives_it():
@@ -404,20 +403,14 @@ def test_any_unicode_survives_encoding_and_decoding_and_what_is_malformed_is_rep
 
 
 def test_encode_iterable_is_lazy_and_gives_the_ids_of_the_joined_text(trained):
-    text = random_text(random.Random(9), 50_000)
+    text, taken = random_text(random.Random(9), 50_000), []
     for size in (1, 7, 10_000):
         assert [*trained.encode_iterable(text[i:i + size] for i in range(0, len(text), size))] == trained.encode(text)
     for item in ("once upon a time\n" * 3000, "\n" + "x" * 20_000):   # in the second, the only cut is far from the end
-        taken, given, behind = 0, 0, 0
-
-        def items():
-            nonlocal taken
-            for taken in range(1, 21):
-                yield item
-        for number in trained.encode_iterable(items()):
-            given += len(trained.vocab[number])
-            behind = max(behind, taken * len(item) - given)
-        assert given == 20 * len(item) and behind < 3 * len(item)
+        ids = trained.encode_iterable(taken.append(item) or item for _ in range(20))
+        assert next(ids) == trained.encode(item)[0] and len(taken) < 3
+        assert trained.decode(ids) == (item * 20)[len(trained.decode(trained.encode(item)[:1])):] and len(taken) == 20
+        taken.clear()
 
 
 def test_ids_are_uint16_up_to_65536_tokens_and_uint32_beyond():
@@ -447,13 +440,13 @@ def texts_of(folder):
 def test_a_pattern_makes_a_document_of_each_file_in_an_order_that_is_shuffled_but_fixed(run):
     documents = [f"Note {i} is here.\n" for i in range(1000)]
     for i, text in enumerate(documents):
-        write(f"notes/{i % 7}/{i}.md", text)
+        write(f"notes/{i // 100}/{i:03}.md", text)
     Path("notes/folder.md").mkdir()
     command = "bpe.py --data_dir=notes --vocab_size=300 --num_processes=1"
     run(f"{command} --data=notes/**/*.md --special_tokens=</s>,<a>")
     corpus = Path("notes/corpus.txt").read_text()
     *shuffled, rest = corpus.split("</s>")
-    assert not rest and sorted(shuffled) == sorted(documents) and shuffled not in (documents, sorted(documents))
+    assert not rest and sorted(shuffled) == sorted(documents) and shuffled != documents
     training, validation = texts_of("notes")
     assert training + validation == corpus and training.endswith("</s>") and validation.startswith("Note")
     run(f"{command} --data=notes/** --special_tokens=")
@@ -484,7 +477,7 @@ def test_the_default_corpus_is_the_standard_library_and_its_order_is_fixed(run):
 
 
 def test_the_held_out_text_begins_after_a_document_and_never_inside_a_special_token(run):
-    text = "x" * 930 + "a b" * 20 + "<e>" + "y " * 20 + "<e>"
+    text = "x" * 930 + "a b" * 20 + " a b<e>" + "y " * 20 + "<e>"
     write("text.txt", text)
     run(f"{BPE} --special_tokens=<e>,a\\ b")
     assert "name a longer text with --val_data" in run.notes   # it has 41 ids
@@ -583,8 +576,6 @@ BLOCKS = {
     "attention": (m.scaled_dot_product_attention, F.scaled_dot_product_attention, (2, 4, 6), (2, 3, 6), (2, 3, 7)),
     "attention under a mask": (lambda *qkv: m.scaled_dot_product_attention(*qkv, MASK),
                                lambda *qkv: F.scaled_dot_product_attention(*qkv, MASK), (4, 6), (3, 6), (3, 7)),
-    "the last queries": (lambda q, k, v: causal_attention(q[:, 5:], k, v), lambda *qkv: triangle(*qkv)[:, 5:],
-                         *[(2, 9, 4)] * 3),
     **{f"attention in blocks, {T}": (m.causal_attention_in_blocks, triangle, *[(2, 3, T, 4)] * 3)
        for T in (1, 2, 3, 4, 5, 7, 64, 129)},
     "cross-entropy": (lambda x: cross_entropy(x, IDS), lambda x: F.cross_entropy(x.mT, IDS), (2, 3, 9))}
@@ -604,8 +595,7 @@ def test_blocks_survive_extremes():
     huge = torch.full((1, 6), 300.0, dtype=torch.float16)   # its square overflows float16
     same(m.RMSNorm(6)(huge), torch.ones_like(huge))
     assert m.softmax(torch.tensor([1e30, -1e30, 1e30, -math.inf]), 0).tolist() == [0.5, 0, 0.5, 0]
-    for logits, target, loss in [([1e30, -1e30], 0, 0), ([1e4, 0.0], 1, 1e4), ([-1e4, 1e4], 0, 2e4)]:
-        assert cross_entropy(torch.tensor(logits), torch.tensor(target)).item() == loss
+    assert cross_entropy(torch.tensor([[1e4, -1e30], [1e4, 0]]), torch.tensor([0, 1])).item() == 5000
     coarse = torch.full((50,), 3.0, dtype=torch.bfloat16)
     assert cross_entropy(coarse, torch.tensor(1)).item() == pytest.approx(math.log(50))
 
@@ -804,20 +794,18 @@ def test_clipping_is_torchs_and_returns_the_norm_before(limit):
     same(*results)
 
 
-@pytest.mark.parametrize("lr, ends", [(1e1, (0.5, 24.0)), (1e2, (0.0, 1e-9)), (1e3, (1e3, math.inf))])
-def test_sgd_decays_slowly_at_10_fast_at_100_and_diverges_at_1000(lr, ends):
+@pytest.mark.parametrize("lr, least, most", [(1e1, 0.5, 24.0), (1e2, 0.0, 1e-9), (1e3, 1e3, math.inf)])
+def test_sgd_decays_slowly_at_10_fast_at_100_and_diverges_at_1000(lr, least, most):
     w, losses = torch.nn.Parameter(5 * torch.randn(10, 10)), []
     rule = SGD([w], lr=lr)
     for step in range(10):
-        loss = (w ** 2).mean()
-        rule.zero_grad()
-        loss.backward()
+        losses.append((w ** 2).mean())
+        w.grad, = torch.autograd.grad(losses[-1], w)
         expected = w - lr / math.sqrt(step + 1) * w.grad
         rule.step()
         same(w, expected)
-        losses.append(loss.item())
     print(f"\nlr {lr:g}:", *(f"{loss:.3g}" for loss in losses))   # for README.md: python -m pytest -q -s -k sgd
-    assert ends[0] <= losses[-1] <= ends[1]
+    assert least <= losses[-1] <= most
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -1091,7 +1079,7 @@ def test_a_timed_run_ends_within_its_time_at_the_smallest_rate_and_tells_what_is
 
     def clock():   # ticks whenever the script looks at it
         nonlocal seconds
-        seconds += 0.005
+        seconds += 0.01
         return seconds
 
     def slow_start():   # as compilation is
@@ -1183,7 +1171,7 @@ def greedy_without_cache(model, ids, count):
 def test_greedy_text_is_the_same_with_and_without_cache_within_and_beyond_the_context(switches):
     model = small_model(vocab_size=61, d_ff=48, **switches)   # 61: a head that cannot be cut into blocks
     before = str(model)
-    for length in (1, 2, 3, 7, 17):
+    for length in (1, 3, 17):
         ids = torch.randint(61, (length,)).tolist()
         expected = greedy_without_cache(model, ids, 20)
         assert [*generate(model, ids, 20, temperature=0)] == expected
@@ -1223,12 +1211,14 @@ def test_the_end_token_ends_a_text_and_fills_up_those_that_wait_and_begins_an_em
 
 @pytest.mark.parametrize("context_length", [1, 4, 7, 64])
 def test_the_score_of_a_text_is_what_generate_would_have_given_each_token(context_length):
-    model, ids = small_model(context_length=context_length), torch.randint(50, (30,)).tolist()
-    expected, window = [], []
-    for before, token in zip(ids, ids[1:]):
-        window = (window if len(window) < context_length else window[(context_length + 1) // 2:]) + [before]
-        expected.append(-model(torch.tensor([window]))[0, -1].log_softmax(-1)[token].item())
-    assert [*surprise(model, ids)] == pytest.approx(expected, abs=1e-5)
+    model, ids = small_model(context_length=context_length), torch.randint(50, (30,))
+    expected, window = [], ids[:0]
+    for i in range(29):
+        if len(window) == context_length:
+            window = window[(context_length + 1) // 2:]
+        window = torch.cat((window, ids[i:i + 1]))
+        expected.append(cross_entropy(model(window[None])[0, -1], ids[i + 1]).item())
+    assert [*surprise(model, ids.tolist())] == pytest.approx(expected, abs=1e-5)
 
 
 def test_streaming_never_prints_half_a_character_and_replaces_malformed_bytes(monkeypatch):
@@ -1321,10 +1311,9 @@ def test_an_exported_run_is_a_llama_with_a_gpt2_tokenizer(run, tied):
     (model, tokenizer, _), (llama, config) = train.load_run("out"), exported_llama("new/llama")
     ids = torch.randint(len(tokenizer.vocab), (3, 16))
     same(llama(ids), model(ids), 1e-5)
-    words = read_json("new/llama/tokenizer_config.json")
-    end, user = tokenizer.special_tokens.values()
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["eos_token_id"] == end
-    assert words["tokenizer_class"] == "GPT2Tokenizer" and words["eos_token"] == words["bos_token"] == END
+    words, (end, user) = read_json("new/llama/tokenizer_config.json"), tokenizer.special_tokens.values()
+    assert (config["architectures"], config["eos_token_id"]) == (["LlamaForCausalLM"], end)
+    assert (words["tokenizer_class"], words["eos_token"], words["bos_token"]) == ("GPT2Tokenizer", END, END)
     assert words["added_tokens_decoder"][str(user)]["content"] == "<|user|>"
     assert Tokenizer.from_folder("new/llama").vocab == tokenizer.vocab and len(listing("new/llama")) == 5
 
@@ -1335,17 +1324,13 @@ def test_what_is_no_llama_or_finds_no_room_is_not_exported(run, monkeypatch):
         run(f"{TRAIN} --{name}={value}")
         assert float(rows()[0]["train_loss"]) > float(rows()[-1]["train_loss"])   # every ablation trains
         assert name in run("sample.py --export=new", 2) and not Path("new").exists()
-    shutil.copytree("out.1", "out", dirs_exist_ok=True)
-    Path("new").mkdir()
-    before, dumps = listing(), json.dumps
 
-    def full(value, **more):   # when the other three files are written
-        if "architectures" in value:
-            raise OSError(28, "No space left on device")
-        return dumps(value, **more)
-    monkeypatch.setattr(json, "dumps", full)
-    run("sample.py --export=new", 1)
-    assert not listing("new") and listing() == before
+    def full(*words, **more):   # when the other three files are written
+        raise OSError(28, "No space left on device")
+    Path("new").mkdir()
+    before = listing()
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space" in run("sample.py --out_dir=out.1 --export=new", 1) and not listing("new") and listing() == before
 
 
 # ------------------------------------------------------------------------------------------ the questions about Unicode
