@@ -240,8 +240,8 @@ def export_run(model, tokenizer, config, folder):
     """
     for name, wanted in dict(post_norm=False, rms_norm=True, rope=True, swiglu=True).items():
         require(config[name] == wanted, f"--export: this run has {name}={config[name]}, which a Llama cannot have")
+    require(not os.path.exists(folder) or not os.listdir(folder), f"--export={folder}: is not empty; name a new folder")
     folder = Path(os.path.abspath(folder))
-    require(not folder.exists() or not any(folder.iterdir()), f"--export={folder}: is not empty; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as temporary:
         whole = Path(temporary) / folder.name
