@@ -384,6 +384,7 @@ def in_parallel(function, tasks, num_processes):
     if num_processes < 2:
         yield from map(function, tasks)
         return
+    kind_of_code_point()   # now, so that workers that are forked have it already
     batch = 8 * num_processes
     try:
         with ProcessPoolExecutor(num_processes, initializer=start_worker, initargs=(function,)) as pool:
