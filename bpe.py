@@ -61,7 +61,7 @@ BLOCK = 1 << 22    # bytes of text that a worker process takes at a time
 SLICE = 1 << 20    # bytes in one pass of the array code
 SHORT = 15         # bytes of the longest word that distinct_words handles as two numbers
 TOGETHER = 2048    # new words that are merged together
-LONG = 1 << 13     # bytes above which a word is merged in another way
+LONG = 1 << 13     # bytes above which Tokenizer.replay merges a word
 CACHE = 1 << 26    # bytes of words and token ids that a tokenizer remembers
 NEVER = 2 ** 31 - 1                                # the rank of a pair that no merge joins
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
@@ -198,6 +198,7 @@ def pretokenise(text, special):
     """Where the words of plain_words(text, special) begin, and their lengths in bytes: two arrays (W,).
 
     The pattern reads 9 MB/s, this reads 300: it decides at all bytes at once whether a word begins there.
+    A bar marks a byte where a word begins, a dot any other.
 
         text             W e ' v e     2   d o g s
         kind             L L O L L S S D S L L L L    Letter, Other, Space, Digit
@@ -219,14 +220,16 @@ def pretokenise(text, special):
     begins = changes(kinds)
     begins[[start for start, _ in spans]] = True
 
-    # 2. White space before a word: its last character joins the word if it is a space, else it is a word by itself.
+    # 2. White space before a word (not before a special token or the end): its last character joins the word if it is a
+    # space, else it is a word by itself.
     last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] != SPECIAL))   # its last byte
     begins[last + 1] = byte[last] != ord(" ")
     for _ in range(2):   # U+00A0, U+3000 and others have two or three bytes: go back to the first one
         last = last - (byte[last] & 0xC0 == 0x80)
     begins[last] = True
 
-    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them.
+    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them. (Their
+    # kinds are tested because they may belong to a special token.)
     spans = [match.span() for match in CONTRACTION.finditer(text)]
     starts, stops = np.array(spans, np.intp).reshape(-1, 2).T
     holds = begins[starts] & (kinds[starts] == OTHER) & (kinds[starts + 1] == LETTER) & (kinds[stops - 1] == LETTER)
@@ -269,7 +272,8 @@ def distinct_words(text, special):
     hashes = low * 0x9E3779B97F4A7C15 ^ high * 0xC2B2AE3D27D4EB4F
     keys = np.sort(hashes >> bits << bits | np.arange(len(places), dtype=np.uint64))
     order = (keys & (1 << bits) - 1).astype(np.intp)
-    # Neighbours are compared exactly. If two words share a hash, their runs may mix: more runs, but no wrong one.
+    # Neighbours are compared exactly. If two words share a hash, they may alternate: then a word is listed more than
+    # once, but never wrongly.
     first = changes(low[order]) | changes(high[order])
     index = np.empty_like(order)
     index[order] = np.cumsum(first) - 1
@@ -290,19 +294,21 @@ def utf8(text):
 def cut_pattern(specials):
     """The compiled pattern of where UTF-8 may be cut without changing a token; it matches the character after the cut.
 
-    Inside a word, white space only follows white space, and after an ASCII letter or digit only the same kind follows.
+    Inside a word, what stands before white space is white space, and what follows an ASCII letter or digit is of the
+    same kind.
     So a text may be cut before white space that follows anything else, and after an ASCII letter or digit before an
     ASCII character of another kind. No cut goes through what could be a special token: "<|end|>" has such a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
     """
-    # The character after the cut comes first, because the engine skips to it quickly. Then it is checked what stands
-    # before it. The last two lines: white space beyond ASCII ends in a byte that \S does not take for white space.
+    # The character after the cut comes first, because the engine skips to it quickly. Then lookbehinds, which end with
+    # that character, check what stands before it. The last two lines: white space beyond ASCII ends in a byte that \S
+    # does not take for white space.
     place = (rb"[\s!-~](?:(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s])|(?<=\S\s)"
              rb"(?<!\xc2[\x85\xa0]\s)"
              rb"(?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s))")
-    # The places inside special tokens, such as (b"<|end|", b">"): what stands up to the character, and behind it.
+    # The places inside special tokens, such as (b"<|end|", b">"). A match with such a head and tail is refused.
     inside = {(token[:match.end()], token[match.end():]) for token in specials for match in re.finditer(place, token)}
     return re.compile(place + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail))
                                        for head, tail in sorted(inside)))
@@ -374,7 +380,7 @@ def ctrl_c_held_back():
 
 
 def in_parallel(function, tasks, num_processes):
-    """Yield function(task) of each task of a list, in order, from num_processes (0: one for each core; 1: this one).
+    """Yield function(task) of each task of a list, in order, from num_processes (0: one for each core; 1: no workers).
 
     Tasks go out in batches, so that memory does not grow with their number.
     Raises ChildProcessError if a worker dies.
@@ -454,7 +460,7 @@ class Segmentation:
     """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
 
     first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; if none ends there, its
-    value means nothing. Both are -1 in a gap. "low" and "lo" after the merge of o w:
+    value means nothing. Both are -1 in a gap, and last is -1 nowhere else. "low" and "lo" after the merge of o w:
 
         cell      0    1    2    3    4    5    6    7
         word           l    o    w         l    o
@@ -513,11 +519,11 @@ class Segmentation:
         """
         if left == right:
             places, number = np.sort(places), np.arange(len(places))
-            starts = changes(places - self.lengths[left] * number)         # where a row of equal tokens starts
+            starts = changes(places - self.lengths[left] * number)         # constant in a row of equal tokens
             row = np.maximum.accumulate(np.where(starts, number, 0))       # the number at which its row starts
             places = places[(number - row) % 2 == 0]
         before = self.merge(left, right, new, places)
-        return np.concatenate((places, before[self.first[before] != new]))   # without those in places
+        return np.concatenate((places, before[self.first[before] != new]))   # one that is `new` is in places
 
 
 def group_by_pair(pairs, places):
@@ -551,8 +557,9 @@ def learn_merges(counts, num_merges):
     - Count all pairs: a pair is counted when a merge makes it. After that its count can only fall.
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
       counted again; if it has lost places, it goes back with its true count.
-    - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, all pairs
-      are counted again, and the floor is an eighth of the highest count. This makes 10,000 merges 1.7 times as fast.
+    - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, as at the
+      start, all pairs are counted, and the floor becomes an eighth of the highest count, at least 1. After floor 1
+      nothing is left. This makes 10,000 merges 1.7 times as fast.
     - merge_pair in each word: one Segmentation.merge_all.
     """
     num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
@@ -685,7 +692,7 @@ class Tokenizer:
         # One row for each merge: the ids of its left part, its right part, and the whole. The row's index is its rank.
         triples = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
         self.triples = np.array(triples, np.int64).reshape(-1, 3)
-        self.pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # the last one is no pair
+        self.pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # above all pairs
         self.sorted_ranks = np.argsort(self.pairs)
         self.sorted_pairs = self.pairs[self.sorted_ranks]
         self.byte_ids = np.array([ids[token] for token in BYTES])
@@ -757,7 +764,8 @@ class Tokenizer:
     def merge_words(self, words):
         """plain_encode for many words (list[bytes]) at once: {word: its token ids, as bytes of self.dtype}.
 
-        In each round every word's pair of lowest rank is merged; of several such pairs, the leftmost. Rank and place
+        In each round every word's pair of lowest rank is merged; of several such pairs, the leftmost. (One at a time
+        gives the same as all of them, because the pairs that a merge makes rank higher: see made_by.) Rank and place
         stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s), 1 (es, t),
         2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
 
@@ -775,7 +783,7 @@ class Tokenizer:
         key = np.full(len(corpus.first), NEVER << 32)   # of the pair that begins at a cell: rank << 32 | cell
         key[places] = self.rank(corpus.pairs(places)) << 32 | places
         while len(begins):
-            best = np.minimum.reduceat(key, np.stack((begins, ends), axis=1).ravel())[::2]   # not between words
+            best = np.minimum.reduceat(key, np.stack((begins, ends), axis=1).ravel())[::2]   # not the rest
             mergeable = best < NEVER << 32
             begins, ends, best = begins[mergeable], ends[mergeable], best[mergeable]
             places, (left, right, new) = best & 0xFFFFFFFF, self.triples[best >> 32].T
@@ -797,20 +805,20 @@ class Tokenizer:
                 places_of[pair].append(places[start:stop])
 
         note(corpus.begins())
-        for pair, merge in zip(self.pairs.tolist(), self.triples.tolist()):
+        for pair, triple in zip(self.pairs.tolist(), self.triples.tolist()):
             if pair in places_of:   # the pairs that it makes have higher ranks: see made_by
-                places = corpus.still_there(*merge[:2], np.concatenate(places_of.pop(pair)))
-                note(corpus.merge_all(*merge, places))
+                places = corpus.still_there(*triple[:2], np.concatenate(places_of.pop(pair)))
+                note(corpus.merge_all(*triple, places))
         return dict(zip(words, corpus.ids_of_words(self.dtype)))
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype."""
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
-        new = sorted({word for word in words if word not in self.cache}, key=len)   # equal lengths, equally many rounds
+        new = sorted({word for word in words if word not in self.cache}, key=len)   # of like length: like many rounds
         for group in (new[i:i + TOGETHER] for i in range(0, len(new), TOGETHER)):
-            merge = self.merge_words if len(group[-1]) <= LONG else self.replay
-            self.cache.update(merge(group))
+            merge_group = self.merge_words if len(group[-1]) <= LONG else self.replay
+            self.cache.update(merge_group(group))
         self.cached += sum(len(word) + len(self.cache[word]) for word in new)
         return [self.cache[word] for word in words]
 

@@ -331,7 +331,7 @@ class Muon(AdamW):
 def parameter_groups(model):
     """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings.
 
-    In every step the rate of a group is the schedule's times its `scale`, or 1.
+    In every step the rate of a group is the schedule's times its `scale` (1 if it has none).
     """
     inside = [p for p in model.layers.parameters() if p.dim() == 2]
     gains = [p for p in model.parameters() if p.dim() == 1]
@@ -481,7 +481,7 @@ def one_voice():
         yield
     except (Exception, KeyboardInterrupt) as error:
         if store:
-            time.sleep(rank > 0)   # rank 0 comes first
+            time.sleep(1 if rank else 0)   # rank 0 comes first
             try:
                 first = store.add("failed", 1) == 1
             except RuntimeError:   # rank 0 held the store, and is gone
@@ -762,7 +762,7 @@ def prepare_folder(config, tokenizer, step):
         if init_from and Path(init_from).resolve() == out.resolve():
             config["init_from"] = str(aside)
     elif step and len(old) < len(RESULTS):
-        print(f"{out} has lost {', '.join(name for name in RESULTS if name not in old)}: "
+        print(f"{out} has no {', '.join(name for name in RESULTS if name not in old)}: "
               f"written anew, as far as ckpt.pt and {data_dir} tell")
     if step and log.exists():
         read_log(log)   # refuses what is no log
@@ -921,7 +921,7 @@ def main():
         if rank == 0:
             prepare_folder(config, tokenizer, step)
             # A parameter and its two moments take 12 bytes. A new ckpt.pt is whole before the old one goes, so a new
-            # run needs room for two, and for best.pt.
+            # run needs room for two, and for best.pt. A resumed one has the old ones already.
             free, need = shutil.disk_usage(out_dir).free, size * (12 if step else 2 * 12 + 4)
             if free < need:
                 raise OSError(f"{out_dir} has room for {free / 1e6:,.0f} MB, "
@@ -945,8 +945,8 @@ def main():
                             run=(clock(), sums, best, best_step, warmup))
 
         def horizon_at(seconds):
-            """The step at which the run ends. With --max_minutes, as many steps are left as the time that is left will
-            take, if the steps to come take as long as the mean of those before.
+            """The step at which the run ends. With --max_minutes, as many steps are left as fit into the time that is
+            left, at the mean pace so far, start-up included.
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
@@ -986,7 +986,7 @@ def main():
             rule.step()
             rule.zero_grad()
 
-            # when one more step would end, and the exit status if any process is to stop
+            # when one more step as long as this one would end, and the exit status if any process is to stop
             next_end, stop = largest(2 * clock() - begin, max(caught, default=0))
             horizon = horizon_at(next_end)   # with --max_minutes, the rate falls with the clock
             if max_minutes and step == 5:   # the pace, without compilation, tells how many steps it will be
