@@ -953,7 +953,7 @@ def test_a_run_resumes_with_its_own_constants_and_what_it_has_lost_is_restored(r
     same_runs("straight", "new")
     for name in ("log.csv", "config.json", "vocab.json", "best.pt"):
         Path("new", name).unlink()
-    assert "lost best.pt, log.csv, config.json, vocab.json" in run(f"{resume} --steps=20")
+    assert "has no best.pt, log.csv, config.json, vocab.json" in run(f"{resume} --steps=20")
     assert listing("new") == {".lock", *train.RESULTS} and rows("new")[0]["step"] == "18"
     train.load_run("new")
     shutil.copytree("data", "other")
