@@ -26,7 +26,6 @@ import argparse
 import glob
 import heapq
 import json
-import math
 import mmap
 import multiprocessing
 import operator
@@ -641,6 +640,11 @@ def from_visible(text):
     return bytes([BYTE[character] for character in text])
 
 
+def looks_ordinary(text):
+    """Whether a special token would read like the visible form of an ordinary one in vocab.json."""
+    return not text.isascii() and BYTE.keys() >= {*text}
+
+
 def made_by(merges):
     """All tokens that are bytes or made by a merge, a set. Raises InputError if the merges are out of order."""
     made, used = set(BYTES), set()   # used: tokens that a merge joins, and the merges themselves
@@ -725,7 +729,7 @@ class Tokenizer:
         vocab = {number: from_visible(text) if text in made else utf8(text) for text, number in table.items()}
         specials = sorted(table.keys() - made, key=table.get) if every_special else []
         for text in specials:
-            if not text.isascii() and BYTE.keys() >= {*text}:
+            if looks_ordinary(text):
                 raise InputError(f"{merges_filepath} has no merge for {text!r} of {vocab_filepath}: is it cut short?")
         try:
             return cls(vocab, [(from_visible(left), from_visible(right)) for left, right in merges],
@@ -1104,7 +1108,7 @@ def check_flags():
         raise FileNotFoundError(f"--val_data={val_data!r}: no file has this name")
     specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))
     for token in specials:
-        require(len(utf8(token)) > 1 and (token.isascii() or not set(token) <= set(BYTE)),
+        require(len(utf8(token)) > 1 and not looks_ordinary(token),
                 f"--special_tokens: {token!r} reads like the bytes of an ordinary token in vocab.json: choose another")
     require(vocab_size >= 256 + len(specials), f"--vocab_size={vocab_size}: choose {256 + len(specials)} or more, "
                                                f"for 256 bytes and {len(specials)} special tokens")
