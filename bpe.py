@@ -56,8 +56,7 @@ tokenizer_dir = ""                 # encode with this folder's tokenizer and spe
 num_processes = 0                  # worker processes; 0: one for each core
 
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt, unless --data names a file
-BLOCK = 1 << 22    # bytes of text that a worker process takes at a time
-SLICE = 1 << 20    # bytes in one pass of the array code
+BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
 SHORT = 15         # bytes of the longest word that distinct_words handles as two numbers
 TOGETHER = 2048    # new words that are merged together
 LONG = 1 << 13     # bytes above which Tokenizer.replay merges a word
@@ -76,7 +75,7 @@ CONTRACTION = re.compile(rb"'(?:[sdmt]|ll|ve|re)")
 
 
 def special_pattern(specials):
-    """The compiled pattern of the special tokens (list[bytes]); of several that match at one place the longest wins.
+    """The compiled pattern of the special tokens (bytes); of several that match at one place the longest wins.
 
     Raises InputError for an empty one.
     """
@@ -390,7 +389,7 @@ def in_parallel(function, tasks, num_processes):
         yield from map(function, tasks)
         return
     kind_of_code_point()   # now, so that workers that are forked have it already
-    batch = 8 * num_processes
+    batch = 16 * num_processes
     try:
         with ProcessPoolExecutor(num_processes, initializer=start_worker, initargs=(function,)) as pool:
             for i in range(0, len(tasks), batch):
@@ -405,50 +404,45 @@ SECONDS = {}   # how long each phase of the work took, for the report
 
 
 @contextmanager
-def phase(name, total):
-    """Time a phase of the work. Yields a function that adds to the work done, so that a terminal can show its share."""
-    begin, done = time.perf_counter(), 0
-    visible = __name__ == "__main__" and sys.stdout.isatty()
-
-    def advance(more):
-        nonlocal done
-        done += more
-        if visible:
-            print(f"\r{name}: {done / total:.0%} ", end="", flush=True)
-
-    yield advance
+def phase(name):
+    """Add the time that the block takes to SECONDS."""
+    begin = time.perf_counter()
+    yield
     SECONDS[name] = SECONDS.get(name, 0) + time.perf_counter() - begin
-    if visible:
-        print("\r" + " " * 40, end="\r")
+    progress(" " * 40)
+
+
+def progress(*words):
+    """Show on a terminal how far a phase has come; the next line that is printed replaces it."""
+    if __name__ == "__main__" and sys.stdout.isatty():
+        print("\r", *words, end="\r", flush=True)
 
 
 def in_blocks(name, function, path, cut, start, stop, num_processes):
     """Yield function((path, start, stop)) of each block of bytes start..stop of a file, in order, from all cores."""
     with mapped(path) as text:
         blocks = [(path, *piece) for piece in pieces(text, cut, BLOCK, start, stop)]
-    with phase(name, stop - start) as advance:
-        for result, (_, begin, end) in zip(in_parallel(function, blocks, num_processes), blocks):
+    with phase(name):
+        for result, (_, _, end) in zip(in_parallel(function, blocks, num_processes), blocks):
             yield result
-            advance(end - begin)
+            progress(name, f"{(end - start) / (stop - start):.0%}")
 
 
 # ---------------------------------------------------------------------------------------------------------- 6. training
 
-def count_block(special, cut, block):
+def count_block(special, block):
     """How often each distinct word occurs in one block of a file, a Counter. Special tokens count as words here."""
-    text, _ = read_utf8(*block)
+    words, index = distinct_words(read_utf8(*block)[0], special)
     counts = Counter()
-    for start, stop in pieces(text, cut, SLICE, 0, len(text)):
-        words, index = distinct_words(text[start:stop], special)
-        for word, count in zip(words, np.bincount(index).tolist()):
-            counts[word] += count
+    for word, count in zip(words, np.bincount(index).tolist()):
+        counts[word] += count
     return counts
 
 
 def count_words(path, specials, stop, num_processes):
     """How often each distinct word occurs in the first `stop` bytes of a file, a Counter."""
-    special, cut, counts = special_pattern(specials), cut_pattern(specials), Counter()
-    for part in in_blocks("counting words", partial(count_block, special, cut), path, cut, 0, stop, num_processes):
+    count, counts = partial(count_block, special_pattern(specials)), Counter()
+    for part in in_blocks("counting words", count, path, cut_pattern(specials), 0, stop, num_processes):
         counts.update(part)
     for token in specials:
         del counts[token]   # a Counter allows it for what it does not hold
@@ -470,12 +464,12 @@ class Segmentation:
     and its left neighbour ends at cell 1. So a merge needs no list of links, and many places can be merged at once.
     """
 
-    def __init__(self, words, byte_ids, lengths):
-        """words: bytes objects, UTF-8. byte_ids (256,): the token of each byte. lengths (tokens,): its bytes."""
-        cell_of = byte_ids.astype(np.int32)
-        cell_of[0xFF] = -1   # UTF-8 never has this byte: it marks the gaps
-        self.first = cell_of[np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)]
-        self.last, self.lengths = self.first.copy(), lengths
+    def __init__(self, words, lengths):
+        """words: bytes objects, UTF-8. lengths (tokens,): the bytes of each token. Tokens 0..255 are the bytes."""
+        self.lengths = lengths
+        self.first = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8).astype(np.int32)
+        self.first[self.first == 0xFF] = -1   # UTF-8 never has this byte: it marks the gaps
+        self.last = self.first.copy()
 
     def begins(self):
         """The cells where a token begins."""
@@ -486,11 +480,11 @@ class Segmentation:
         left = self.first[places].astype(np.int64)
         return left << 32 | self.first[places + self.lengths[left]]   # anything | -1 is -1
 
-    def ids_of_words(self, dtype):
-        """The token ids of each word, a list of bytes objects that hold numbers of this dtype."""
+    def ids_of_words(self, ids):
+        """The ids of each word's tokens, a list of bytes objects that hold numbers; ids (tokens,): the id of each."""
         there = self.first >= 0
-        raw = self.first[there].astype(dtype).tobytes()
-        stops = (np.cumsum(there)[self.last < 0] * dtype.itemsize).tolist()   # the bytes of it before each gap
+        raw = ids[self.first[there]].tobytes()
+        stops = (np.cumsum(there)[self.last < 0] * ids.itemsize).tolist()   # the bytes of it before each gap
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def still_there(self, left, right, places):
@@ -498,21 +492,20 @@ class Segmentation:
         places = places[self.first[places] == left]
         return places[self.first[places + self.lengths[left]] == right]
 
-    def merge(self, left, right, new, places):
-        """Put the token `new` where the pair left, right begins; these three are numbers, or arrays like places.
+    def merge(self, new, places):
+        """Put the token `new` where its left part begins: a number, or an array like places, which must not overlap.
 
-        The places must not overlap. Afterwards new pairs begin there, and at the left neighbours: returns these places.
+        Afterwards new pairs begin there, and at the left neighbours: returns these places.
         """
-        ends = places + self.lengths[new]
-        self.first[places + self.lengths[left]] = -1
+        self.first[places + self.lengths[self.first[places]]] = -1   # the right part
         self.first[places] = new
-        self.last[ends - 1] = new
+        self.last[places + self.lengths[new] - 1] = new
         before = self.last[places - 1]
         inside = before >= 0
         return places[inside] - self.lengths[before[inside]]
 
     def merge_all(self, left, right, new, places):
-        """Like merge, for places that may overlap: of x x x x, the pairs at 0 and 2 are merged.
+        """merge all the pairs left, right at these places, which may overlap: of x x x x, the pairs at 0 and 2.
 
         Returns all places where new pairs begin.
         """
@@ -521,7 +514,7 @@ class Segmentation:
             starts = changes(places - self.lengths[left] * number)         # constant in a row of equal tokens
             row = np.maximum.accumulate(np.where(starts, number, 0))       # the number at which its row starts
             places = places[(number - row) % 2 == 0]
-        before = self.merge(left, right, new, places)
+        before = self.merge(new, places)
         return np.concatenate((places, before[self.first[before] != new]))   # one that is `new` is in places
 
 
@@ -540,7 +533,7 @@ class Corpus(Segmentation):
     """All distinct words of a text in single bytes, and how often each word occurs: counts, dict[bytes, int]."""
 
     def __init__(self, counts, num_merges):
-        super().__init__(counts, np.arange(256), np.ones(256 + num_merges, np.intp))
+        super().__init__(counts, np.ones(256 + num_merges, np.intp))
         self.count = np.fromiter(counts.values(), np.int64)            # (words,)
         self.word_of = np.cumsum(self.first < 0, dtype=np.int32) - 1   # (N,) the index of each cell's word
 
@@ -572,7 +565,7 @@ def learn_merges(counts, num_merges):
         if occurs >= floor:
             heapq.heappush(heap, (-occurs, descending[left] + descending[right], left, right, places))
 
-    with phase("merging pairs", num_merges) as advance:
+    with phase("merging pairs"):
         while len(merges) < num_merges and (heap or floor != 1):
             if not heap:
                 floor, places = 0, corpus.begins()
@@ -589,7 +582,7 @@ def learn_merges(counts, num_merges):
                 descending.append(descending[left][:-1] + descending[right])
                 corpus.lengths[new] = len(vocab[new])
                 places = corpus.merge_all(left, right, new, places)
-                advance(1)
+                progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
             occurs, pairs, starts, stops, places = corpus.count_pairs(places)
             floor = floor or max(1, int(occurs.max(initial=0)) // 8)
             for i in (occurs >= floor).nonzero()[0].tolist():
@@ -640,19 +633,17 @@ def from_visible(text):
     return bytes([BYTE[character] for character in text])
 
 
-def looks_ordinary(text):
-    """Whether a special token would read like the visible form of an ordinary one in vocab.json."""
-    return not text.isascii() and BYTE.keys() >= {*text}
-
-
 def made_by(merges):
-    """All tokens that are bytes or made by a merge, a set. Raises InputError if the merges are out of order."""
-    made, used = set(BYTES), set()   # used: tokens that a merge joins, and the merges themselves
+    """All tokens that are bytes or made by a merge, in order: dict of token -> number, the bytes being 0..255.
+
+    Raises InputError if the merges are out of order.
+    """
+    made, used = {token: byte for byte, token in enumerate(BYTES)}, set()   # used: the parts of merges, and the merges
     for left, right in merges:
-        if not {left, right} <= made or {left + right, (left, right)} & used:
+        if not {left, right} <= made.keys() or {left + right, (left, right)} & used:
             raise InputError(f"the merge of {left!r} and {right!r} is out of order: its parts must be bytes or made "
                              "before it, what it makes must not be in use already, and no merge may come twice")
-        made.add(left + right)
+        made.setdefault(left + right, len(made))
         used |= {left, right, (left, right)}
     return made
 
@@ -682,59 +673,57 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, special_tokens=None):
-        self.vocab, self.merges = dict(vocab), list(merges)
+        self.vocab, self.merges, self.ordinary = dict(vocab), list(merges), made_by(merges)
         ids = {token: number for number, token in self.vocab.items()}
         if wrong := {*range(len(self.vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
             raise InputError(f"{len(self.vocab)} tokens must have the ids 0 to {len(self.vocab) - 1} and all differ: "
                              f"{min(wrong)} is missing, too large, or the id of a token that stands twice")
-        self.ordinary = made_by(self.merges)
-        if missing := self.ordinary - ids.keys():
+        if missing := self.ordinary.keys() - ids.keys():
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
+        for token in self.special_tokens:
+            require(token.isascii() or not BYTE.keys() >= {*token},
+                    f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
+                    "look whether the merges.txt that it comes with is cut short")
         self.vocab.update({number: token for token, number in ids.items()})
 
-        # One row for each merge: the ids of its left part, its right part, and the whole. The row's index is its rank.
-        triples = [(ids[left], ids[right], ids[left + right]) for left, right in self.merges]
+        # Inside, tokens have the numbers that made_by gives them. A merge is three of them: its left part, its right
+        # part, and the whole. The row is its rank.
+        triples = [[self.ordinary[token] for token in (left, right, left + right)] for left, right in self.merges]
         self.triples = np.array(triples, np.int64).reshape(-1, 3)
         self.pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # above all pairs
         self.sorted_ranks = np.argsort(self.pairs)
         self.sorted_pairs = self.pairs[self.sorted_ranks]
-        self.byte_ids = np.array([ids[token] for token in BYTES])
-        self.lengths = np.array([len(self.vocab[number]) for number in range(len(self.vocab))])
+        self.lengths = np.array([*map(len, self.ordinary)])
         self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
-        specials = {utf8(token): self.dtype.type(number).tobytes() for token, number in self.special_tokens.items()}
-        self.special, self.cut = special_pattern([*specials]), cut_pattern([*specials])
-        self.special_ids, self.longest_special = specials, max(map(len, specials), default=0)
-        self.cache, self.cached = dict(specials), 0   # word: its token ids, as bytes; and how many bytes all these are
+        self.ids = np.array([ids[token] for token in self.ordinary], self.dtype)
+        self.special_ids = {token: self.dtype.type(ids[token]).tobytes() for token in map(utf8, self.special_tokens)}
+        self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
+        # word: its token ids, as bytes; and how many bytes all these are
+        self.cache, self.cached = dict(self.special_ids), 0
 
     @classmethod
     def from_files(cls, vocab_filepath, merges_filepath, special_tokens=None, every_special=False):
         """Load vocab.json and merges.txt as save, Hugging Face or GPT-2 wrote them.
 
         every_special: treat as special, too, every token that is neither a byte nor made by a merge.
-        Raises InputError, naming the file, if they are broken.
+        Raises InputError, naming the files, if they are broken.
         """
         try:
             table = dict(json.loads(Path(vocab_filepath).read_text(encoding="utf-8")))
             table = {text: operator.index(number) for text, number in table.items()}
             lines = Path(merges_filepath).read_text(encoding="utf-8").split("\n")
-        except (ValueError, TypeError, RecursionError) as error:
-            raise InputError(f"{vocab_filepath} is no JSON object, or {merges_filepath} no text: {error}") from None
-        merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line]
-        for parts in merges:
-            if len(parts) != 2 or not BYTE.keys() >= {*"".join(parts)}:
-                raise InputError(f"{merges_filepath}: {' '.join(parts)!r} is not two tokens with a space between them")
-        made = {*BYTE, *map("".join, merges)}
-        # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
-        vocab = {number: from_visible(text) if text in made else utf8(text) for text, number in table.items()}
-        specials = sorted(table.keys() - made, key=table.get) if every_special else []
-        for text in specials:
-            if looks_ordinary(text):
-                raise InputError(f"{merges_filepath} has no merge for {text!r} of {vocab_filepath}: is it cut short?")
-        try:
+            merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line]
+            for parts in merges:
+                if len(parts) != 2 or not BYTE.keys() >= {*"".join(parts)}:
+                    raise ValueError(f"the merge {' '.join(parts)!r} is not two tokens with a space between them")
+            made = {*BYTE, *map("".join, merges)}
+            # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
+            vocab = {number: from_visible(text) if text in made else utf8(text) for text, number in table.items()}
+            specials = sorted(table.keys() - made, key=table.get) if every_special else []
             return cls(vocab, [(from_visible(left), from_visible(right)) for left, right in merges],
                        [*(special_tokens or ()), *specials])
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
 
     @classmethod
@@ -744,12 +733,8 @@ class Tokenizer:
 
     def file_contents(self):
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
-        table = {}
-        for number, token in sorted(self.vocab.items()):
-            text = to_visible(token) if token in self.ordinary else token.decode()
-            if text in table:
-                raise InputError(f"the special token {text!r} is how vocab.json writes another: choose another")
-            table[text] = number
+        table = {to_visible(token) if token in self.ordinary else token.decode(): number
+                 for number, token in sorted(self.vocab.items())}
         lines = [f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges]
         return json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()
 
@@ -781,7 +766,7 @@ class Tokenizer:
 
         One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
         """
-        corpus = Segmentation(words, self.byte_ids, self.lengths)
+        corpus = Segmentation(words, self.lengths)
         gaps = np.flatnonzero(corpus.last < 0)
         begins, ends, places = gaps[:-1] + 1, gaps[1:], corpus.begins()
         key = np.full(len(corpus.first), NEVER << 32)   # of the pair that begins at a cell: rank << 32 | cell
@@ -790,18 +775,18 @@ class Tokenizer:
             best = np.minimum.reduceat(key, np.stack((begins, ends), axis=1).ravel())[::2]   # not the rest
             mergeable = best < NEVER << 32
             begins, ends, best = begins[mergeable], ends[mergeable], best[mergeable]
-            places, (left, right, new) = best & 0xFFFFFFFF, self.triples[best >> 32].T
+            places, (left, _, new) = best & 0xFFFFFFFF, self.triples[best >> 32].T
             key[places + self.lengths[left]] = NEVER << 32
-            changed = np.concatenate((places, corpus.merge(left, right, new, places)))
+            changed = np.concatenate((places, corpus.merge(new, places)))
             key[changed] = self.rank(corpus.pairs(changed)) << 32 | changed
-        return dict(zip(words, corpus.ids_of_words(self.dtype)))
+        return dict(zip(words, corpus.ids_of_words(self.ids)))
 
     def replay(self, words):
         """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
 
         This is O(n log n), where one minimum for each merge is O(n^2). But it takes 10 ms even for a short word.
         """
-        corpus, places_of = Segmentation(words, self.byte_ids, self.lengths), defaultdict(list)
+        corpus, places_of = Segmentation(words, self.lengths), defaultdict(list)
 
         def note(places):
             pairs, starts, stops, places = group_by_pair(corpus.pairs(places), places)
@@ -813,7 +798,7 @@ class Tokenizer:
             if pair in places_of:   # the pairs that it makes have higher ranks: see made_by
                 places = corpus.still_there(*triple[:2], np.concatenate(places_of.pop(pair)))
                 note(corpus.merge_all(*triple, places))
-        return dict(zip(words, corpus.ids_of_words(self.dtype)))
+        return dict(zip(words, corpus.ids_of_words(self.ids)))
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype."""
@@ -829,39 +814,40 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a str, list[int]. Special tokens in it become their ids; lone surrogates count as U+FFFD."""
         raw = utf8(text)
-        if len(raw) > 4096:
-            return self.encode_bytes(raw).tolist()
         # For a few words the pattern itself is faster than arrays: 5 microseconds instead of 200.
-        return np.frombuffer(b"".join(self.encode_words(plain_words(raw, self.special))), self.dtype).tolist()
+        ids = self.encode_bytes(raw) if len(raw) > 4096 else b"".join(self.encode_words(plain_words(raw, self.special)))
+        return np.frombuffer(ids, self.dtype).tolist()
 
     def encode_bytes(self, text):
-        """The token ids of valid UTF-8, (tokens,) of self.dtype."""
-        ids = [np.empty(0, self.dtype)]
-        for start, stop in pieces(text, self.cut, SLICE, 0, len(text)):
+        """The token ids of valid UTF-8, as bytes of self.dtype."""
+        ids = []
+        for start, stop in pieces(text, self.cut, BLOCK, 0, len(text)):
             words, index = distinct_words(text[start:stop], self.special)
-            ids.append(gather(self.encode_words(words), index, self.dtype))
-        return np.concatenate(ids)
+            ids.append(gather(self.encode_words(words), index, self.dtype).tobytes())
+        return b"".join(ids)
 
     def encode_iterable(self, iterable):
         """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily.
 
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
-        text, tried = bytearray(), 0   # what is not encoded yet, and how much of it is known to have no place to cut
+        text, enough = "", 8192   # what is not encoded yet, and from which length on it is tried
         for item in iterable:
-            text += utf8(item)
-            if len(text) - tried > 8192:
-                end = len(text) - self.longest_special   # after this, a special token may reach into the next item
-                stop = max((cut.start() for cut in self.cut.finditer(text, tried) if cut.start() <= end), default=0)
-                yield from self.encode_bytes(bytes(text[:stop])).tolist()
-                del text[:stop]
-                tried = max(0, end - stop)
-        yield from self.encode_bytes(bytes(text)).tolist()
+            text += item
+            if len(text) > enough:
+                raw = utf8(text)
+                # after this, a special token may reach into the next item
+                end = len(raw) - max(map(len, self.special_ids), default=0)
+                stop = max((cut.start() for cut in self.cut.finditer(raw) if cut.start() <= end), default=0)
+                yield from self.encode(raw[:stop].decode())
+                text = raw[stop:].decode()
+                enough = 8192 + 2 * len(text)
+        yield from self.encode(text)
 
     def encode_block(self, block):
         """The ids of one block of a file, as bytes of self.dtype, and how many malformed places it had."""
         text, malformed = read_utf8(*block)
-        return self.encode_bytes(text).tobytes(), malformed
+        return self.encode_bytes(text), malformed
 
     def encode_part(self, text_path, start, stop, bin_path, num_processes):
         """Encode bytes start..stop of a file; return the numbers of ids and of malformed places."""
@@ -1045,24 +1031,28 @@ def collect(files, path, end):
     """
     files = sorted(files)
     random.Random(0).shuffle(files)
-    with replacing(path) as temporary, open(temporary, "wb") as corpus, phase("collecting", len(files)) as advance:
-        for name in files:
+    with replacing(path) as temporary, open(temporary, "wb") as corpus, phase("collecting"):
+        for done, name in enumerate(files):
             try:
                 with open(name, "rb") as document:
                     shutil.copyfileobj(document, corpus)
                 corpus.write(end)
             except FileNotFoundError:
                 print(f"note: {name} was removed after the files were listed: left out", file=sys.stderr)
-            advance(1)
+            progress("collecting", f"{done:,} of {len(files):,} files")
+
+
+def real_paths(paths):
+    """The files that these paths lead to, a set: each counts once, however many links lead to it."""
+    return {Path(os.path.realpath(path)) for path in paths}
 
 
 def find_text(folder, end):
     """The file that --data names; or corpus.txt in `folder`, made of the files that match the pattern."""
     if os.path.isfile(data):
         return Path(data)
-    matches = glob.glob(data, recursive=True) if data else standard_library()
-    files = {Path(os.path.realpath(path)) for path in matches}   # a file that several links lead to counts once
-    own = files & {Path(os.path.realpath(folder / name)) for name in (*OUTPUTS, "corpus.txt")}
+    files = real_paths(glob.glob(data, recursive=True) if data else standard_library())
+    own = files & real_paths(folder / name for name in (*OUTPUTS, "corpus.txt"))
     files = {path for path in files - own if path.is_file()}
     if own:
         print(f"note: left out, as this program writes them: {', '.join(sorted(map(str, own)))}", file=sys.stderr)
@@ -1107,26 +1097,23 @@ def check_flags():
     if val_data and not os.path.isfile(val_data):
         raise FileNotFoundError(f"--val_data={val_data!r}: no file has this name")
     specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))
-    for token in specials:
-        require(len(utf8(token)) > 1 and not looks_ordinary(token),
-                f"--special_tokens: {token!r} reads like the bytes of an ordinary token in vocab.json: choose another")
     require(vocab_size >= 256 + len(specials), f"--vocab_size={vocab_size}: choose {256 + len(specials)} or more, "
                                                f"for 256 bytes and {len(specials)} special tokens")
+    for token in specials:
+        require(len(utf8(token)) > 1, f"--special_tokens: {token!r} is a single byte, which is a token already")
+    Tokenizer(dict(enumerate(BYTES)), [], specials)   # refuses others
     corpus = Path(data_dir) / "corpus.txt"
     require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
             f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
-    for output in (Path(data_dir) / (name + end) for name in OUTPUTS for end in ("", ".tmp")):
-        for path in data, val_data:
-            require(not (os.path.isfile(path) and output.exists() and output.samefile(path)),
-                    f"{path!r} is a file that this run would replace: choose another --data_dir")
+    replaced = real_paths(Path(data_dir, name + end) for name in OUTPUTS for end in ("", ".tmp"))
+    require(not real_paths([data, val_data]) & replaced,
+            f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
     return specials
 
 
 def main():
     specials, folder, began = check_flags(), Path(data_dir), time.perf_counter()
     with only_run_in(folder):
-        for name in (*OUTPUTS, "corpus.txt"):
-            (folder / f"{name}.tmp").unlink(missing_ok=True)   # by a killed run
         if tokenizer_dir:
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
             specials = list(tokenizer.special_tokens)

@@ -42,11 +42,6 @@ mfu = 0.5                   # model FLOPs utilisation, the share of the peak tha
 # Shapes: B batch, T sequence, V vocabulary, N layers, D d_model, H heads, d_k = D / H, F d_ff; ... any leading
 # dimensions.
 
-def at_least_float32(x):
-    """x as float32, or as float64 if it is that already. In bfloat16, a sum of many terms would lose the small ones."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def truncated_normal(shape, std, device, dtype):
     """A parameter drawn from N(0, std^2), cut at 3 standard deviations."""
     weight = torch.empty(shape, device=device, dtype=dtype)
@@ -94,7 +89,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
 
     def forward(self, x):
-        wide = at_least_float32(x)
+        wide = x.float()   # in bfloat16, a sum of many terms would lose the small ones
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
@@ -146,19 +141,15 @@ class RotaryPositionalEmbedding(nn.Module):
         return (x * cos + x @ self.quarter_turn.to(x.dtype) * sin).to(x.dtype)
 
 
-def minus_maximum(x, dim):
-    """x minus its maximum along `dim`, in float32: every exponential of it is at most 1, so none overflows.
-
-    Softmax and cross-entropy stay the same, because the maximum cancels in both. Its gradient is then zero, and
-    detaching it is exact. (torch 2.13 compiles that gradient into NaN in bfloat16 on the CPU.)
-    """
-    x = at_least_float32(x)
-    return x - x.amax(dim, keepdim=True).detach()
-
-
 def softmax(x, dim):
-    """exp(x) / sum(exp(x)) along `dim`."""
-    exponentials = minus_maximum(x, dim).exp()
+    """exp(x) / sum(exp(x)) along `dim`, in float32.
+
+    The maximum is subtracted first, which changes nothing, because it cancels, but keeps every exponential at most 1.
+    Its gradient cancels too, so detaching it is exact. (torch 2.13 compiles that gradient into NaN in bfloat16 on the
+    CPU.)
+    """
+    x = x.float()
+    exponentials = (x - x.amax(dim, keepdim=True).detach()).exp()
     return exponentials / exponentials.sum(dim, keepdim=True)
 
 
@@ -201,17 +192,20 @@ def causal_attention_in_blocks(q, k, v, blocks=4):
 
 
 class KVCache:
-    """The keys and values of one layer so far, written into `memory` (2, B, H, context_length, d_k). With them, a new
-    token costs the work of one position, not that of the whole context.
+    """The keys and values of one layer so far, in room for context_length positions. With them, a new token costs the
+    work of one position, not that of the whole context.
     """
 
-    def __init__(self, memory):
-        self.memory, self.length = memory, 0
+    def __init__(self, context_length):
+        self.context_length, self.length = context_length, 0
 
     def append(self, k, v):
         """Add the newest positions, each (B, H, T_new, d_k); return all keys and all values, (B, H, T, d_k)."""
+        new = torch.stack((k, v))
+        if not self.length:
+            self.memory = new.new_empty(*new.shape[:-2], self.context_length, new.size(-1))
         start, self.length = self.length, self.length + k.size(-2)
-        self.memory[..., start:self.length, :] = torch.stack((k, v))
+        self.memory[..., start:self.length, :] = new
         return self.memory[..., :self.length, :]
 
 
@@ -265,42 +259,39 @@ def cross_entropy(logits, targets):
     """Mean of -log softmax(logits)[target] = log(sum(exp(logits))) - logits[target], in nats:
     logits (..., V), targets (...) -> scalar.
     """
-    logits = minus_maximum(logits, -1)
+    logits = logits.float()
     # The same as logits.gather(-1, targets[..., None]), but this comparison fuses with the sums,
     # while the gradient of gather takes a tenth of a training step.
     is_target = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]   # (..., V)
     target_logits = torch.where(is_target, logits, 0).sum(-1)                               # (...)
-    return (logits.exp().sum(-1).log() - target_logits).mean()
+    return (logits.logsumexp(-1) - target_logits).mean()
 
 
-def default_d_ff(d_model, swiglu=True):
-    """The usual width of the feed-forward network: with a gate, the multiple of 64 nearest to 8/3 d_model,
-    so that three matrices hold as much as two of 4 d_model; without one, 4 d_model.
+def full_shape(V, T, N, D, H, F=0, gated=True):
+    """The shape (V, T, N, D, H, F, gated) of a model, T being its context; F = 0 becomes the usual width of the
+    feed-forward networks. With a gate that is the multiple of 64 nearest to 8/3 D, so that three matrices hold as much
+    as two of 4 D; without one, 4 D. Raises UsageError, which is a ValueError, for a shape that no model can have.
     """
-    return max(1, round(8 / 3 * d_model / 64)) * 64 if swiglu else 4 * d_model
-
-
-def check_shape(V, T, N, D, H, F, *_):
-    """Raise UsageError, which is a ValueError, for a shape that no model can have."""
+    F = F or (max(1, round(8 / 3 * D / 64)) * 64 if gated else 4 * D)
     require(min(V, T, N, D, H, F) > 0, f"vocab_size={V}, context_length={T}, num_layers={N}, d_model={D}, "
             f"num_heads={H}, d_ff={F}: each must be above 0")
     require(D % H == 0, f"d_model={D} cannot be split into num_heads={H}: choose a num_heads that divides it")
+    return V, T, N, D, H, F, gated
 
 
 class TransformerLM(nn.Module):
     """A decoder-only Transformer: token ids (B, T) -> logits of the next token (B, T, V).
 
-    d_ff 0 or None is default_d_ff. The ablations: post_norm, rms_norm=False, rope=False (no positions at all),
-    swiglu=False (no gate), tie_embeddings (one matrix for both ends).
+    d_ff 0 means the usual width: see full_shape. The ablations: post_norm, rms_norm=False, rope=False (no positions at
+    all), swiglu=False (no gate), tie_embeddings (one matrix for both ends).
     Raises ValueError for a shape that does not fit together and for more tokens than context_length.
     """
 
-    def __init__(self, vocab_size, context_length, num_layers, d_model, num_heads, d_ff=None, rope_theta=10000.0,
+    def __init__(self, vocab_size, context_length, num_layers, d_model, num_heads, d_ff=0, rope_theta=10000.0,
                  post_norm=False, rms_norm=True, rope=True, swiglu=True, tie_embeddings=False):
         super().__init__()
-        d_ff = d_ff or default_d_ff(d_model, swiglu)
-        check_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff)
-        self.context_length, self.num_heads = context_length, num_heads
+        *_, d_ff, _ = full_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu)
+        self.context_length = context_length
         rotary = RotaryPositionalEmbedding(rope_theta, d_model // num_heads, context_length) if rope else None
         self.token_embeddings = Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(TransformerBlock(d_model, num_heads, d_ff, rotary, post_norm, rms_norm, swiglu)
@@ -312,11 +303,9 @@ class TransformerLM(nn.Module):
             self.token_embeddings.weight = self.lm_head.weight
         self.cross_entropy = cross_entropy   # compile_parts puts a compiled one here
 
-    def new_cache(self, batch_size=1):
+    def new_cache(self):
         """An empty KVCache for each layer, to be passed to forward."""
-        weight = self.token_embeddings.weight
-        shape = 2, batch_size, self.num_heads, self.context_length, weight.size(1) // self.num_heads
-        return [KVCache(weight.new_empty(shape)) for _ in self.layers]
+        return [KVCache(self.context_length) for _ in self.layers]
 
     def forward(self, token_ids, cache=None):
         """Logits (B, T, V). With a cache (from new_cache), token_ids follow the ones that it has seen,
@@ -348,8 +337,7 @@ class TransformerLM(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------- resource accounting
-# Handout, sections 3.6 (FLOPs) and 4.3 (AdamW). A shape is (V, T, N, D, H, F, gated): what TransformerLM takes, with
-# one letter each, T being the context, and whether SwiGLU has its gate.
+# Handout, sections 3.6 (FLOPs) and 4.3 (AdamW), for a shape (V, T, N, D, H, F, gated): see full_shape.
 
 GPT2 = [("small", 1024, 12, 768, 12), ("medium", 1024, 24, 1024, 16), ("large", 1024, 36, 1280, 20),
         ("XL", 1024, 48, 1600, 25), ("XL", 16384, 48, 1600, 25)]   # name, T, N, D, H
@@ -386,14 +374,13 @@ def forward_flops(*shape):
     return flops
 
 
-def training_flops(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu=True):
+def training_flops(*shape):
     """FLOPs of the forward and backward pass for one token of a full context. The backward pass has two products for
-    each product of the forward pass. d_ff 0 means the default.
+    each product of the forward pass.
 
     Attention counts in full, T x T, as is usual for MFU, though causal_attention_in_blocks leaves some of it out.
     """
-    shape = vocab_size, context_length, num_layers, d_model, num_heads, d_ff or default_d_ff(d_model, swiglu), swiglu
-    return 3 * forward_flops(*shape).total() / context_length
+    return 3 * forward_flops(*shape).total() / shape[1]
 
 
 def print_model(shape, tied=False):
@@ -467,8 +454,7 @@ def main():
         print_model((*XL, True))
         print_family()
         return print_training((*XL, False))
-    shape = vocab_size, context_length, num_layers, d_model, num_heads, d_ff or default_d_ff(d_model, swiglu), swiglu
-    check_shape(*shape)
+    shape = full_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu)
     print_model(shape, tie_embeddings)
     print_training(shape, tie_embeddings)
 

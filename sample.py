@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from bpe import configure, one_line_errors, replacing, require
+from bpe import configure, one_line_errors, replacing_together, require
 from model import Linear, softmax
 from train import choose_device, load_run
 
@@ -54,14 +53,11 @@ def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     probabilities reach top_p stays (nucleus sampling, Holtzman et al. 2019, eq. 2), rescaled to the sum 1.
     The others get 0. Temperature 0 keeps the likeliest token alone.
     """
-    if temperature == 0:
+    if temperature < 1e-30:   # 0, or so small that float32 cannot divide by it
         temperature, top_k = 1.0, 1
     vocab_size = logits.size(-1)
     logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))   # in falling order
-    # float64, so that the sums meet top_p where they should; MPS has none
-    wide = logits if logits.device.type == "mps" else logits.double()
-    # The maximum is subtracted before the division, because a tiny temperature would give inf - inf after it.
-    probabilities = softmax((wide - wide[..., :1]) / temperature, -1)
+    probabilities = softmax(logits / temperature, -1)
     if top_p < 1:
         likelier = probabilities.cumsum(-1) - probabilities   # the sum over all tokens before this one
         probabilities = probabilities * (likelier < top_p)
@@ -72,7 +68,7 @@ def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 class StreamedLinear(nn.Module):
     """x @ weight.T for a few vectors x, where the time goes into reading the weights;
-    x (..., in_features) -> (..., out_features).
+    x (B, T, in_features) -> (B, T, out_features).
 
     torch computes the product of a matrix and one vector on one core, at a third of the memory's speed. Here the
     matrix is cut into blocks of outputs, each stored transposed, so that all cores read: two cores at 85 % of the
@@ -87,7 +83,7 @@ class StreamedLinear(nn.Module):
         self.weight = weight.detach().unflatten(0, (blocks, -1)).mT.contiguous()
 
     def forward(self, x):
-        y = x.reshape(-1, x.size(-1)) @ self.weight   # (blocks, vectors, out_features / blocks)
+        y = x.flatten(0, -2) @ self.weight   # (blocks, vectors, out_features / blocks)
         return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -122,7 +118,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
     require(top_k >= 0, f"top_k is {top_k}, but must be 0 (all tokens) or more")
     require(0 < top_p <= 1, f"top_p is {top_p}, but must be above 0 and at most 1 (all tokens)")
     window = [*prompt_ids][-model.context_length:] or [end_id]   # what the model sees
-    require(window != [None], "an empty prompt starts from the end-of-document token: give its end_id, or a prompt")
+    require(window != [None], "an empty prompt starts a new document, but there is no special token to start it from: "
+                              "give a prompt")
     weight = model.token_embeddings.weight   # (V, D)
     require(0 <= min(window) <= max(window) < len(weight),
             f"the prompt has token ids from {min(window)} to {max(window)}, "
@@ -130,7 +127,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
     if weight.is_cpu:
         model = streamed(model)
     window = torch.tensor(window, device=weight.device).expand(num_samples, -1)   # (num_samples, T)
-    new, cache = window, model.new_cache(num_samples)
+    new, cache = window, model.new_cache()
     ended = torch.zeros(num_samples, dtype=torch.bool, device=weight.device)
     for _ in range(max_new_tokens):
         probabilities, ids = candidates(model(new, cache)[:, -1], temperature, top_k, top_p)
@@ -144,24 +141,23 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
         window = torch.cat((window, new), 1)
         if window.size(1) > model.context_length:
             new = window = window[:, (model.context_length + 1) // 2:]
-            cache = model.new_cache(num_samples)
+            cache = model.new_cache()
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
 
 @torch.inference_mode()
 def surprise(model, ids):
-    """Yield -log p(token | those before it), in nats, for each of ids[1:]; ids: two or more.
+    """Yield -log p(token | those before it), in nats, for ids[1:], some of them at a time (list); ids: two or more.
 
     Each token sees what it would see in generate.
     """
-    context, place = model.context_length, model.token_embeddings.weight.device
-    half = (context + 1) // 2
+    context, half = model.context_length, (model.context_length + 1) // 2
     for start in range(0, max(1, len(ids) - 1 - context + half), half):
-        window = torch.tensor(ids[start:start + context + 1], device=place)
-        logits = model(window[None, :-1])[0].float()                             # (T, V)
+        window = torch.tensor(ids[start:start + context + 1], device=model.token_embeddings.weight.device)
+        logits = model(window[None, :-1])[0]                                     # (T, V)
         nats = logits.logsumexp(-1) - logits.gather(-1, window[1:, None])[:, 0]  # (T)
-        yield from nats[context - half if start else 0:].tolist()                # the others came with the last window
+        yield nats[context - half if start else 0:].tolist()                     # the others came with the last window
 
 
 def score_text(model, tokenizer, text, end_id):
@@ -169,18 +165,14 @@ def score_text(model, tokenizer, text, end_id):
     # the first token of a document follows the end of another
     ids = ([] if end_id is None else [end_id]) + tokenizer.encode(text)
     require(len(ids) > 1, "--score: the text is too short, no token in it follows another")
-    tokens, size = len(ids) - 1, sum(len(tokenizer.vocab[number]) for number in ids[1:])
-    total, shown = 0.0, time.monotonic()
-    for done, loss in enumerate(surprise(model, ids), 1):
-        total += loss
-        if sys.stderr.isatty() and time.monotonic() > shown + 1:
-            shown = time.monotonic()
-            print(f"\r{done / tokens:4.0%} scored", end="\r", file=sys.stderr, flush=True)
-    nats = total / tokens
-    perplexity = math.exp(nats) if nats < 700 else math.inf
-    return (f"{nats:.4f} nats per token, {nats / math.log(2):.4f} bits per token, "
-            f"{total / math.log(2) / size:.4f} bits per byte, "
-            f"perplexity {perplexity:.2f} ({tokens:,} tokens, {size:,} bytes)")
+    size, losses = sum(len(tokenizer.vocab[number]) for number in ids[1:]), []
+    for more in surprise(model, ids):
+        losses += more
+        if sys.stderr.isatty():
+            print(f"\r{len(losses) / len(ids):4.0%} scored", end="\r", file=sys.stderr, flush=True)
+    nats, bits = sum(losses) / len(losses), sum(losses) / math.log(2)
+    return (f"{nats:.4f} nats per token, {bits / len(losses):.4f} bits per token, {bits / size:.4f} bits per byte, "
+            f"perplexity {math.exp(min(nats, 700)):.2f} ({len(losses):,} tokens, {size:,} bytes)")
 
 
 # ------------------------------------------------------------------------------------------------------------ exporting
@@ -191,10 +183,10 @@ LLAMA = {"token_embeddings": "model.embed_tokens", "layers.": "model.layers.", "
          "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
 
 
-def write_llama(model, num_heads, path):
-    """Write the model's parameters in the safetensors format, in float32, as Hugging Face's Llama has them.
+def llama_weights(model, num_heads):
+    """The model's parameters in the safetensors format (bytes), in float32, as Hugging Face's Llama has them.
 
-    The file: the length of the header (8 bytes, little-endian), the header in JSON with each tensor's type, shape and
+    The format: the length of the header (8 bytes, little-endian), the header in JSON with each tensor's type, shape and
     place, and the tensors' bytes one after the other.
     """
     header, arrays, end = {"__metadata__": {"format": "pt"}}, [], 0
@@ -207,52 +199,46 @@ def write_llama(model, num_heads, path):
             name = name.replace(ours, theirs)
         start, end = end, end + 4 * weight.numel()
         header[name] = {"dtype": "F32", "shape": [*weight.shape], "data_offsets": [start, end]}
-        arrays.append(weight.detach().numpy().astype("<f4"))
+        arrays.append(weight.detach().numpy().astype("<f4").tobytes())
     text = json.dumps(header)
     text += " " * (-len(text) % 8)   # so that the tensors begin at a multiple of 8
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.writelines([len(text).to_bytes(8, "little"), text.encode(), *arrays])
+    return b"".join([len(text).to_bytes(8, "little"), text.encode(), *arrays])
 
 
 def llama_settings(model, tokenizer, config):
-    """The settings that transformers needs beside the weights and the vocabulary, {file name: dict}."""
-    specials = {number: token for token, number in tokenizer.special_tokens.items()}
-    end_id = min(specials, default=None)
+    """The settings that transformers needs beside the weights and the vocabulary: of the model, and of the tokenizer.
+    """
+    specials = tokenizer.special_tokens
+    end = min(specials, key=specials.get, default=None)   # ends a document
     llama = dict(
         architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", vocab_size=len(tokenizer.vocab),
         max_position_embeddings=config["context_length"], num_hidden_layers=config["num_layers"],
         hidden_size=config["d_model"], intermediate_size=len(model.layers[0].ffn.w1.weight),
         num_attention_heads=config["num_heads"], rope_theta=config["rope_theta"], rms_norm_eps=model.ln_final.eps,
-        tie_word_embeddings=config["tie_embeddings"], bos_token_id=end_id, eos_token_id=end_id)
-    # Without special tokens these three must be null, or transformers adds its own <|endoftext|> beyond the vocabulary.
-    ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), specials.get(end_id))
+        tie_word_embeddings=config["tie_embeddings"], bos_token_id=specials.get(end), eos_token_id=specials.get(end))
+    # The three tokens must be null if there are none, or transformers adds its own <|endoftext|> beyond the vocabulary.
     gpt2 = dict(
-        ends, tokenizer_class="GPT2Tokenizer", add_prefix_space=False,
-        added_tokens_decoder={number: {"content": token, "special": True} for number, token in specials.items()})
-    return {"config.json": llama, "tokenizer_config.json": gpt2}
+        tokenizer_class="GPT2Tokenizer", add_prefix_space=False, bos_token=end, eos_token=end, unk_token=end,
+        added_tokens_decoder={number: {"content": token, "special": True} for token, number in specials.items()})
+    return llama, gpt2
 
 
 def export_run(model, tokenizer, config, folder):
     """Write a run as a folder that transformers opens with AutoModelForCausalLM and AutoTokenizer: as a Llama, which
-    has the same architecture. The folder appears whole or not at all.
+    has the same architecture. All files appear together; without its config.json, nobody takes a folder for a model.
 
     Raises UsageError for a model that is no Llama, and for a folder that holds something already.
     """
     for name, wanted in dict(post_norm=False, rms_norm=True, rope=True, swiglu=True).items():
         require(config[name] == wanted, f"--export: this run has {name}={config[name]}, which a Llama cannot have")
-    require(not os.path.exists(folder) or not os.listdir(folder), f"--export={folder}: is not empty; name a new folder")
-    folder = Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as temporary:
-        whole = Path(temporary) / folder.name
-        tokenizer.save(whole)
-        write_llama(model, config["num_heads"], whole / "model.safetensors")
-        for name, settings in llama_settings(model, tokenizer, config).items():
-            with replacing(whole / name) as file:
-                file.write_text(json.dumps(settings, indent=1))
-        if folder.exists():
-            folder.rmdir()   # it is empty
-        whole.rename(folder)
+    os.makedirs(folder, exist_ok=True)
+    require(not os.listdir(folder), f"--export={folder}: is not empty; name a new folder")
+    settings = [json.dumps(words, indent=1).encode() for words in llama_settings(model, tokenizer, config)]
+    names = "config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "model.safetensors"
+    contents = *settings, *tokenizer.file_contents(), llama_weights(model, config["num_heads"])
+    with replacing_together(*(Path(folder) / name for name in names)) as temporaries:
+        for path, content in zip(temporaries, contents):
+            path.write_bytes(content)
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
@@ -282,20 +268,17 @@ def print_streamed(tokens, tokenizer, text=""):
 
 def main():
     configure(globals())
-    place = choose_device(device)
     model, tokenizer, config = load_run(out_dir)
     if export:
         export_run(model, tokenizer, config, export)
         return print(f"{export}: a Llama of Hugging Face's transformers, with its tokenizer")
-    model.to(place)
+    model.to(choose_device(device))
     end_id = min(tokenizer.special_tokens.values(), default=None)   # ends a document
     if score:
         return print(score_text(model, tokenizer, read_text(score), end_id))
 
     text = read_text(prompt)
     prompt_ids = tokenizer.encode(text)
-    require(prompt_ids or end_id is not None,
-            "--prompt: an empty one starts a new document, but this run's tokenizer has no special token to start from")
     if len(prompt_ids) > model.context_length:
         print(f"note: the prompt has {len(prompt_ids):,} tokens; the model sees the last {model.context_length:,}",
               file=sys.stderr)

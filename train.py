@@ -19,12 +19,14 @@ import os
 import time
 STARTED = time.perf_counter()  # before torch, whose import takes seconds of what --max_minutes grants
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
-# from a second run. After 1,000 turns they now sleep.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# from a second run: two runs on two cores then do half of what one does alone. Now they sleep after 10,000 turns, and
+# two runs do 83 % of it. (After 1,000: all of it, but a run alone is 10 % slower.)
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Of many processes, those that are left when one has failed would each print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
 import ctypes
+import datetime
 import glob
 import html
 import itertools
@@ -46,7 +48,7 @@ import torch
 import torch.distributed as dist
 
 from bpe import InputError, Tokenizer, configure, one_line_errors, only_run_in, replacing, require
-from model import TransformerLM, training_flops
+from model import TransformerLM, full_shape, training_flops
 
 # files
 data_dir = "data"       # folder that bpe.py wrote
@@ -211,14 +213,12 @@ class Rule(torch.optim.Optimizer):
         super().__init__(params, dict(options, t=0))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure else None
+    def step(self):
         for group in self.param_groups:
             group["t"] += 1
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, p.grad, self.state[p], **group)
-        return loss
 
 
 class SGD(Rule):
@@ -378,10 +378,11 @@ def save_checkpoint(model, optimizer, iteration, out, **more):
     write_checkpoint(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=iteration, **more), out)
 
 
-def read_checkpoint(src):
+def read_checkpoint(src, *names):
     """What write_checkpoint wrote to a path or binary file object, as a dict of tensors and plain values on the CPU.
 
-    Raises InputError (a ValueError) if the file is damaged or foreign. No code from the file is run.
+    Raises InputError (a ValueError) if the file is damaged or foreign, or lacks one of these names. No code from the
+    file is run.
     """
     try:
         with zipfile.ZipFile(src) as archive:   # torch writes a zip file, but does not look at its check sums
@@ -390,13 +391,13 @@ def read_checkpoint(src):
         if hasattr(src, "seek"):
             src.seek(0)
         saved = torch.load(src, map_location="cpu", weights_only=True)
-        if not (isinstance(saved, dict) and "model" in saved):
-            raise ValueError("no weights")
+        if missing := {"model", *names} - saved.keys():
+            raise ValueError(f"it lacks {min(missing)}")
     except (OSError, MemoryError):
         raise
     except Exception as error:   # torch, pickle and zipfile have many ways to say that a file is foreign
         name = getattr(src, "name", "the checkpoint") if hasattr(src, "read") else src
-        raise InputError(f"{name} is damaged, or is no checkpoint of train.py ({type(error).__name__})") from None
+        raise InputError(f"{name} is damaged, or is not the checkpoint that is wanted ({str(error)[:99]})") from None
     return saved
 
 
@@ -406,9 +407,7 @@ def load_checkpoint(src, model, optimizer):
 
     Raises InputError (a ValueError) for a damaged or foreign file and RuntimeError for a model of another shape.
     """
-    saved = src if isinstance(src, dict) else read_checkpoint(src)
-    if "optimizer" not in saved:
-        raise InputError(f"{src} holds weights, but no optimiser state to continue with")
+    saved = src if isinstance(src, dict) else read_checkpoint(src, "optimizer", "iteration")
     parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
     states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()}
@@ -425,17 +424,13 @@ def load_run(folder):
     path = Path(folder) / "best.pt"
     if not path.exists():
         path = path.with_name("ckpt.pt")
-    saved, tokenizer = read_checkpoint(path), Tokenizer.from_folder(folder)
+    saved, tokenizer = read_checkpoint(path, "config"), Tokenizer.from_folder(folder)
     try:
-        config, vocab_size = saved["config"], saved["model"]["token_embeddings.weight"].size(0)
-        model = TransformerLM(vocab_size, **{name: config[name] for name in SHAPE})
+        model = TransformerLM(len(tokenizer.vocab), **{name: saved["config"][name] for name in SHAPE})
         model.load_state_dict(saved["model"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} holds no model that belongs to its settings: {error}") from None
-    if vocab_size != len(tokenizer.vocab):
-        raise InputError(f"{folder}: vocab.json has {len(tokenizer.vocab)} tokens, "
-                         f"but the model in {path.name} has {vocab_size}")
-    return model, tokenizer, config
+        raise InputError(f"{path} has no model of its own settings and of the vocabulary beside it: {error}") from None
+    return model, tokenizer, saved["config"]
 
 
 # ------------------------------------------------------------------------------------------------------- many processes
@@ -471,24 +466,19 @@ def shard_model(model, kind):
 
 @contextmanager
 def one_voice():
-    """Let one process alone speak: rank 0, or the first that fails, about its error. The others end silently."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
-    # a table that all processes share; each waits here for the others
-    store = next(dist.rendezvous("env://"))[0] if processes > 1 else None
+    """Of many processes, let rank 0 print, and only one tell its error.
+
+    Each waits before it does, the lower ranks less. When the first one has ended, torchrun ends the others.
+    """
+    rank = int(os.environ.get("RANK", 0))   # set by torchrun
     if rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if store:
-            time.sleep(1 if rank else 0)   # rank 0 comes first
-            try:
-                first = store.add("failed", 1) == 1
-            except RuntimeError:   # rank 0 held the store, and is gone
-                first = False
-            if not first:
-                os._exit(1)
-            sys.stderr = sys.__stderr__
+        if "RANK" in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
+            time.sleep(0.5 + 0.3 * rank)
         if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
             raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum") from None
         raise
@@ -503,20 +493,25 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
+def append_rows(rows):
+    """Add rows, each a dict with COLUMNS as keys, to log.csv; None becomes an empty cell."""
+    with open(Path(out_dir) / "log.csv", "a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
+
+
 def read_log(path):
-    """The columns of a log.csv: {name: list}, with NaN where val_loss is empty. A last row that was cut off is left
-    out. Raises InputError (a ValueError) for anything but finite numbers under these names.
+    """The rows of a log.csv as dicts of numbers; val_loss is None where no evaluation was due. A last row that was cut
+    off is left out. Raises InputError (a ValueError) for anything but finite numbers under these names.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row[COLUMNS[-1]]]
-        log = {name: [float(row[name] or "nan") for row in rows] for name in COLUMNS}
-        cells = [float(row[name]) for row in rows for name in COLUMNS if row[name] or name != "val_loss"]
-        if not all(map(math.isfinite, cells)):
-            raise ValueError
+            rows = [{name: float(row[name]) if row[name] or name != "val_loss" else None for name in COLUMNS}
+                    for row in csv.DictReader(file) if row[COLUMNS[-1]]]
+        if rows and all(math.isfinite(value or 0) for row in rows for value in row.values()):
+            return rows
     except (KeyError, TypeError, ValueError, csv.Error):
-        raise InputError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}") from None
-    return log
+        pass
+    raise InputError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}")
 
 
 def read_config(path):
@@ -527,41 +522,36 @@ def read_config(path):
         raise InputError(f"{path} is no config.json of train.py: {error}") from None
 
 
-def round_ticks(low, high):
-    """Five to ten round numbers from low to high: the multiples of 1, 2 or 5 times a power of ten."""
-    unit = 10 ** math.floor(math.log10(high - low))
-    unit /= 1 if high - low >= 5 * unit else 2 if high - low >= 2 * unit else 5
-    return unit * np.arange(math.ceil(low / unit), math.floor(high / unit) + 1)
+def colour(i):
+    """The colour of the i-th run: hues a golden angle apart, so that no two are alike."""
+    return f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"
 
 
 def draw_curves(logs, path):
-    """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: read_log of it}."""
-    losses = np.concatenate([log[kind] for log in logs.values() for kind in ("train_loss", "val_loss")])
+    """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
+    losses = [row[kind] for rows in logs.values() for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
     # nine tenths of all losses: the plunge of the first steps would flatten the rest, and leaves through the top
-    low, high, top = np.nanmin(losses) - 0.05, np.nanquantile(losses, 0.9) + 0.05, 60 + 18 * len(logs)
-    # hues a golden angle apart, so that no two are alike
-    colours = [f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)" for i in range(len(logs))]
+    low, high = min(losses) - 0.05, np.quantile(losses, 0.9) + 0.05
+    top = 60 + 18 * len(logs)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + 390}" font-family="sans-serif" '
            'font-size="12"><style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>',
            '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
-    for i, name in enumerate(logs):
-        svg.append(f'<text x="70" y="{52 + 18 * i}" fill="{colours[i]}">{html.escape(name)}</text>')
     for left, axis, label in ((70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds")):
-        end = max(log[axis][-1] for log in logs.values()) or 1
+        end = max(rows[-1][axis] for rows in logs.values()) or 1
         svg.append(f'<g transform="translate({left} {top})"><text x="220" y="374" text-anchor="middle">{label}</text>')
-        for tick in round_ticks(0, end):
-            x = 440 * tick / end
-            svg.append(f'<path d="M{x:.1f} 0v330"/><text x="{x:.1f}" y="350" text-anchor="middle">{tick:,.10g}</text>')
-        for tick in round_ticks(low, high):
-            y = 330 * (high - tick) / (high - low)
-            svg.append(f'<path d="M0 {y:.1f}h440"/><text x="-8" y="{y + 4:.1f}" text-anchor="end">{tick:.10g}</text>')
+        for i in range(6):   # five fields, each way
+            svg.append(f'<path d="M{88 * i} 0v330M0 {66 * i}h440"/>'
+                       f'<text x="{88 * i}" y="350" text-anchor="middle">{end * i / 5:,.4g}</text>'
+                       f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
         svg.append('<svg width="440" height="330">')   # clips what lies outside
-        for log, colour in zip(logs.values(), colours):
+        for i, rows in enumerate(logs.values()):
             for kind, style in (("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"')):
-                points = " ".join(f"{440 * x / end:.1f},{330 * (high - y) / (high - low):.1f}"
-                                  for x, y in zip(log[axis], log[kind]) if y == y)   # not where it is NaN
-                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
+                points = " ".join(f"{440 * row[axis] / end:.1f},{330 * (high - row[kind]) / (high - low):.1f}"
+                                  for row in rows if row[kind])
+                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour(i)}" {style}/>')
         svg.append("</svg></g>")
+    for i, name in enumerate(logs):
+        svg.append(f'<text x="70" y="{52 + 18 * i}" fill="{colour(i)}">{html.escape(name)}</text>')
     write_text(path, "\n".join([*svg, "</svg>\n"]))
 
 
@@ -576,22 +566,20 @@ def compare_runs():
     """
     logs = {}
     for pattern in compare.split(","):
-        found = [path for path in (pattern, *sorted(glob.glob(pattern))) if os.path.exists(f"{path}/log.csv")]
+        found = [path for path in sorted(glob.glob(pattern)) if os.path.exists(f"{path}/log.csv")]
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
         logs.update((folder, read_log(f"{folder}/log.csv")) for folder in found)
     configs = [read_config(f"{folder}/config.json") for folder in logs]
     differing = [name for name in configs[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
                  and len({str(config.get(name)) for config in configs}) > 1]
-    table = [["run", *differing, "step", "tokens", "seconds", "train loss",
-              "val loss", "bits/byte", "best val", "bits/byte"]]
-    for (folder, log), config in zip(logs.items(), configs):
-        if not log["step"]:
-            raise InputError(f"{folder}/log.csv has no rows yet")
-        validations = [loss for loss in log["val_loss"] if loss == loss] or [math.nan]   # NaN: no evaluation was due
-        table.append([folder, *(str(config.get(name)) for name in differing), f"{log['step'][-1]:,.0f}",
-                      f"{log['tokens'][-1]:,.0f}", f"{log['seconds'][-1]:,.0f}", f"{log['train_loss'][-1]:.4f}"])
-        for loss in (validations[-1], min(validations)):
-            table[-1] += [f"{loss:.4f}", f"{bits_per_byte(loss, config.get('val_bytes_per_token', math.nan)):.4f}"]
+    table = [["run", *differing, "step", "seconds", "train loss", "val loss", "bits/byte", "best val", "bits/byte"]]
+    for (folder, rows), config in zip(logs.items(), configs):
+        end, losses = rows[-1], [row["val_loss"] for row in rows if row["val_loss"]] or [math.nan]   # NaN: none was due
+        figures = [end["train_loss"]]
+        for loss in losses[-1], min(losses):
+            figures += loss, bits_per_byte(loss, config.get("val_bytes_per_token", math.nan))
+        table.append([folder, *(f"{config.get(name)}" for name in differing), f"{end['step']:,.0f}",
+                      f"{end['seconds']:,.0f}", *(f"{figure:.4f}" for figure in figures)])
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(map(str.rjust, row, widths)))
@@ -618,13 +606,12 @@ def adopt(saved, names, source, free=MAY_CHANGE):
 def adopt_runs(config):
     """Take over the constants of the run to resume, or of --init_from's.
 
-    Returns our constants; the checkpoint to resume ({}: none); and the run of --init_from, as load_run gives it, where
-    its weights are wanted (else None).
+    Returns our constants; the checkpoint to resume, or None; and the run of --init_from, as load_run gives it, or None
+    where its weights are not wanted.
     """
-    path, known, saved, parent = Path(out_dir) / "ckpt.pt", {}, {}, None
+    path, known, saved, parent = Path(out_dir) / "ckpt.pt", None, None, None
     if resume and path.exists():
-        saved = read_checkpoint(path)
-        require("run" in saved, f"--resume=True: {path} holds weights, but no run to continue")
+        saved = read_checkpoint(path, "config", "run")
         known = saved["config"]
     if resume and (written := path.with_name("config.json")).exists():
         known = read_config(written)
@@ -740,37 +727,25 @@ def build(vocab_size, chip, precision, parent):
     return model, rule
 
 
-def move_aside(names):
-    """Move these files of out_dir, an older run, into the first of out_dir.1, out_dir.2, ... that is free."""
+def prepare_folder(config, tokenizer, rows, resumed):
+    """Lay down the files of a run that begins or is resumed in out_dir. An older run is first moved into out_dir.1, or
+    the next free number.
+    """
     here = Path(out_dir).resolve()
-    aside = next(path for i in itertools.count(1) if not (path := here.with_name(f"{here.name}.{i}")).exists())
-    aside.mkdir()
-    for name in names:
-        (here / name).rename(aside / name)
-    print(f"{out_dir} held a run: it is in {aside.name} now")
-    return aside
-
-
-def prepare_folder(config, tokenizer, step):
-    """Lay down the files of a run that begins (step 0) or is resumed in out_dir. An older run is moved aside first."""
-    out, log, rows = Path(out_dir), Path(out_dir) / "log.csv", []
-    old = [name for name in RESULTS if (out / name).exists()]
-    # A run that was killed before its first checkpoint has its constants there, and begins again in place.
-    begins_again = resume and "config.json" in old and "best.pt" not in old
-    if old and not step and not begins_again:
-        aside = move_aside(old)
-        if init_from and Path(init_from).resolve() == out.resolve():
-            config["init_from"] = str(aside)
-    elif step and len(old) < len(RESULTS):
-        print(f"{out} has no {', '.join(name for name in RESULTS if name not in old)}: "
+    old = [name for name in RESULTS if (here / name).exists()]
+    if old and not resumed:
+        aside = next(path for i in itertools.count(1) if not (path := here.with_name(f"{here.name}.{i}")).exists())
+        aside.mkdir()
+        for name in old:
+            (here / name).rename(aside / name)
+        print(f"{out_dir} held a run: it is in {aside.name} now")
+    elif resumed and len(old) < len(RESULTS):
+        print(f"{out_dir} has no {', '.join(name for name in RESULTS if name not in old)}: "
               f"written anew, as far as ckpt.pt and {data_dir} tell")
-    if step and log.exists():
-        read_log(log)   # refuses what is no log
-        rows = [row for row in log.read_text().splitlines(keepends=True)[1:]   # those beyond the checkpoint come again
-                if row.endswith("\n") and int(row.split(",")[0]) <= step]
-    write_text(log, "".join([",".join(COLUMNS) + "\n", *rows]))
-    write_text(out / "config.json", json.dumps(config, indent=1) + "\n")
-    tokenizer.save(out)
+    write_text(here / "log.csv", ",".join(COLUMNS) + "\n")
+    append_rows(rows)   # those of the checkpoint: what came after it comes again
+    write_text(here / "config.json", json.dumps(config, indent=1) + "\n")
+    tokenizer.save(here)
 
 
 def compile_model(model, inputs, targets):
@@ -834,25 +809,23 @@ def gpu_peak(chip):
 
 
 def duration(seconds):
-    """Minutes and seconds, as in 2:05."""
-    return "{}:{:02}".format(*divmod(int(max(0, seconds)), 60))
+    """Hours, minutes and seconds, as in 0:02:05."""
+    return datetime.timedelta(seconds=int(max(0, seconds)))
 
 
 def catch_signals():
-    """A list that receives the exit status after the first Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its
-    step; a second one ends the process at once, even while it waits for another process.
+    """A list that receives the exit status after a Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step.
+    The same signal once more ends the process at once, even while it waits for another process.
     """
     caught = []
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-               if signal.getsignal(number) != signal.SIG_IGN]   # nohup ignores SIGHUP
 
     def note(number, frame):
         caught.append(128 + number)
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
-    for number in numbers:
-        signal.signal(number, note)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:   # Windows has no SIGHUP
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:   # nohup ignores SIGHUP
+            signal.signal(getattr(signal, name), note)
     return caught
 
 
@@ -870,13 +843,7 @@ def check_divergence(row, vocab_size):
 
 def report(row, left, total, mfu):
     """Add a row to log.csv and print it. left, total: seconds and steps to the end; mfu: 0 where it is not known."""
-    log = Path(out_dir) / "log.csv"
-    cells = [f"{value:.8g}" if isinstance(value, float) else value for value in row.values()]
-    try:
-        with open(log, "a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(cells)   # None becomes an empty cell
-    except OSError as error:   # a failing write does not say where
-        raise OSError(error.errno, error.strerror, str(log)) from None
+    append_rows([row])
     validation = "" if row["val_loss"] is None else f", validation {row['val_loss']:.3f}"
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
@@ -896,7 +863,6 @@ def main():
     require(processes == 1 or chip.type != "mps",
             "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
     tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
-    vocab_size = len(tokenizer.vocab)
     keep_freed_memory()
     if chip.type == "cuda":
         torch.cuda.set_device(chip)
@@ -906,29 +872,20 @@ def main():
 
     with only_run_in(out_dir) if rank == 0 else nullcontext():
         # the run: a new one, or where the checkpoint stands
+        vocab_size = len(tokenizer.vocab)
         model, rule = build(vocab_size, chip, precision, parent)
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{size:,} parameters, {len(train_tokens):,} training tokens; "
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
               f"{f'{processes} processes on ' * (processes > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
-        # sums: on the device, of the losses and gradient norms since the last row of the log, and how many they are
-        step, earlier, sums, best, best_step, warmup = 0, 0.0, torch.zeros(3), math.inf, 0, warmup_steps
-        log, checkpoint, best_file, picture = (
-            Path(out_dir) / name for name in ("log.csv", "ckpt.pt", "best.pt", "curves.svg"))
+        checkpoint, best_file, picture = (Path(out_dir) / name for name in ("ckpt.pt", "best.pt", "curves.svg"))
+        step, earlier, rows, best, best_step, warmup = 0, 0.0, [], math.inf, 0, warmup_steps
         if saved:
-            step, (earlier, sums, best, best_step, warmup) = load_checkpoint(saved, model, rule), saved["run"]
+            step, (earlier, rows, best, best_step, warmup) = load_checkpoint(saved, model, rule), saved["run"]
             print(f"{checkpoint} stands at step {step:,}")
-        sums, saved, parent = sums.to(chip), None, None   # the weights in the last two take memory
-        if rank == 0:
-            prepare_folder(config, tokenizer, step)
-            # A parameter and its two moments take 12 bytes. A new ckpt.pt is whole before the old one goes, so a new
-            # run needs room for two, and for best.pt. A resumed one has the old ones already.
-            free, need = shutil.disk_usage(out_dir).free, size * (12 if step else 2 * 12 + 4)
-            if free < need:
-                raise OSError(f"{out_dir} has room for {free / 1e6:,.0f} MB, "
-                              f"but this model's checkpoints take {need / 1e6:,.0f}: "
-                              "make room, or name another --out_dir")
         if not best_file.exists():
-            best, best_step = math.inf, 0   # if it was lost, the next evaluation writes it
+            best = math.inf   # it was lost: the next evaluation writes it
+        if rank == 0:
+            prepare_folder(config, tokenizer, rows, saved)
+        saved = parent = None   # their weights take memory
 
         # this process's rows of each batch, in the parts that go through the model at once
         share = batch_size // processes // grad_accum
@@ -940,33 +897,40 @@ def main():
             """Seconds that the run has taken, those before it was resumed included."""
             return earlier + time.perf_counter() - STARTED
 
-        def save():
-            save_checkpoint(model, rule, step, checkpoint, config=config, data=check_sums,
-                            run=(clock(), sums, best, best_step, warmup))
-
         def horizon_at(seconds):
             """The step at which the run ends. With --max_minutes, as many steps are left as fit into the time that is
             left, at the mean pace so far, start-up included.
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
-        budget = 60 * max_minutes
-        if max_minutes:
-            # An evaluation and a checkpoint now tell how much time to leave for the last; Python takes a second to end.
-            begin = clock()
-            evaluate(model, val_tokens, parts, chip)
-            save()
-            budget -= largest(1.5 * (clock() - begin) + 1.5)[0]
-        else:
+        def save(val_loss):
+            """Write ckpt.pt; first best.pt, if val_loss is the lowest so far (None: not known)."""
+            nonlocal best, best_step
+            if val_loss is not None and val_loss < best:
+                best, best_step = val_loss, step
+                write_checkpoint(dict(model=model.state_dict(), config=config), best_file)
+            save_checkpoint(model, rule, step, checkpoint, config=config, data=check_sums,
+                            run=(clock(), rows, best, best_step, warmup))
+
+        # An evaluation and a checkpoint now show how long they will take at the end, and that there is room for them.
+        begin = clock()
+        save(evaluate(model, val_tokens, parts, chip))
+        if rank == 0 and shutil.disk_usage(out_dir).free < checkpoint.stat().st_size:
+            raise OSError(f"{out_dir} has no room for a new ckpt.pt beside the old one: "
+                          "make room, or name another --out_dir")
+        budget = 60 * max_minutes - largest(1.5 * (clock() - begin) + 1.5)[0]   # Python takes a second to end
+        if not max_minutes:
             warmup = shorter_warmup(steps)
         horizon = horizon_at(*largest(clock()))   # one clock for all processes: their rates must be equal
         if step >= horizon:
             print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes
                   else f"{out_dir} holds all of its {step:,} steps already")
         peak = gpu_peak(chip) * processes   # model FLOPs utilisation is counted against it, where it is known
-        flops = training_flops(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu)
+        flops = training_flops(*full_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu))
 
-        caught, failure, stop, val_loss, row_step, row_end = catch_signals(), None, 0, None, step, clock()
+        # sums: on the device, of the losses and gradient norms since the last row of the log, and how many they are
+        sums, row_step, row_end = torch.zeros(3, device=chip), step, clock()
+        caught, failure, stop, val_loss = catch_signals(), None, 0, None
         while step < horizon and not stop:
             # one step
             begin, step = clock(), step + 1
@@ -993,40 +957,33 @@ def main():
                 pace = (clock() - row_end) / (step - row_step)
                 warmup = shorter_warmup(*largest(step + (budget - clock()) / pace))
             evaluating = step >= horizon or step % eval_interval == 0
-            due = evaluating or step % log_interval == 0 or step == 1
-            if not (due or stop):
+            if not (evaluating or stop or step % log_interval == 0 or step == 1):
                 continue
 
             # log: reading the sums waits for the device, which other steps do not
             average([sums])
             train_loss, norm = (sums[:2] / sums[2]).tolist()
+            sums.zero_()
             seconds = clock()
             pace = (seconds - row_end) / (step - row_step)
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
-            row = dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
-                       train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
-                       tokens_per_second=batch_size * context_length / pace)
-            check_divergence(row, vocab_size)
+            rows.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
+                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
+                             tokens_per_second=batch_size * context_length / pace))
+            check_divergence(rows[-1], vocab_size)
             if rank == 0 and not failure:
                 try:
-                    if due:
-                        left = (budget - seconds if max_minutes else pace * (steps - step)) * (step < horizon)
-                        report(row, left, step + left / pace, peak and row["tokens_per_second"] * flops / peak)
-                    if (evaluating or stop) and (logged := read_log(log))["step"]:
-                        draw_curves({out_dir: logged}, picture)
-                except (OSError, InputError) as error:   # a closed pipe or a full disk stops the run as a signal does
+                    left = (budget - seconds if max_minutes else pace * (steps - step)) * (step < horizon)
+                    report(rows[-1], left, step + left / pace, peak and rows[-1]["tokens_per_second"] * flops / peak)
+                    if evaluating or stop:
+                        draw_curves({out_dir: rows}, picture)
+                except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
                     failure = error
                     caught.append(1)
-            if due:
-                sums.zero_()
 
             # save
-            # best.pt comes first: a run that is killed after it goes on from the ckpt.pt before, and writes it again
-            if evaluating and val_loss < best:
-                best, best_step = val_loss, step
-                write_checkpoint(dict(model=model.state_dict(), config=config), best_file)
             if evaluating or stop:
-                save()
+                save(val_loss)
             row_step, row_end = step, clock()   # evaluations do not count into the speed
 
         if failure:
