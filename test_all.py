@@ -162,6 +162,7 @@ def run_two(*commands):
                  TORCHELASTIC_USE_AGENT_STORE="True")
     processes = [fork(command, RANK=str(i), LOCAL_RANK=str(i), **group) for i, command in enumerate(commands)]
     wait_until(lambda: any(codes := [process.exitcode for process in processes]) or None not in codes)
+    time.sleep(0.1)   # torchrun looks ten times a second
     for process in processes:
         process.kill()
     return status_of(*processes)
@@ -693,9 +694,11 @@ def test_compiled_gradients_are_the_eager_ones_at_a_real_shape():
             loss = model.loss(ids[:, :-1], ids[:, 1:])
         return torch.autograd.grad(loss, [*model.parameters()])
     eager = gradients()
+    torch.set_num_threads(2)   # as users compile it
     model.compile_parts()
     compiled = gradients()
-    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(eager, compiled))
+    torch.set_num_threads(1)
+    assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(eager, compiled))   # NaN is not
     assert not all(map(torch.equal, eager, compiled))   # equal to the last bit: nothing was compiled
 
 
@@ -917,7 +920,6 @@ def test_a_run_leaves_a_folder_that_stands_alone_and_never_overwrites_one(run):
     assert " ".join(row["step"] for row in table) == "1 2 4 6 8 10 12" and [*losses][-3:] == [4, 8, 12]
     assert all(int(row["tokens"]) == int(row["step"]) * 4 * 16 for row in table)
     tokens, tokenizer = np.fromfile("data/val.bin", "<u2"), Tokenizer.from_folder("out")
-    assert float(table[0]["train_loss"]) == pytest.approx(math.log(len(tokenizer.vocab)), abs=0.3)
     size = len(tokenizer.decode(tokens.tolist())) / len(tokens)
     assert config["val_bytes_per_token"] == pytest.approx(size)
     groups = read_checkpoint("out/ckpt.pt")["optimizer"]["param_groups"]
@@ -1065,6 +1067,7 @@ def test_a_run_that_over_fits_keeps_its_best_weights_and_says_so(run):
     losses = validation_losses()
     step = min(losses, key=losses.get)
     assert losses[step] < losses[60] - 0.1
+    assert float(rows()[-1]["train_loss"]) < 1   # the mean over the last steps, not over all
     assert f"validation loss {losses[60]:.4f} (best {losses[step]:.4f} at step {step}" in out
     for name, loss in ("best.pt", losses[step]), ("ckpt.pt", losses[60]):   # without a best.pt, ckpt.pt counts
         run(f"{TRAIN} --init_from=out --out_dir={name} --steps=1 --lr=1e-9 --min_lr=0")
@@ -1314,10 +1317,10 @@ def large(tmp_path_factory):
 @linux
 def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next_run_clears_up(large):
     rng, made, begin = random.Random(1), [], time.monotonic()
-    for size in "300", "900":
+    for size in "300", "900", "600":
         assert finish(f"{large} --vocab_size={size} --data_dir={size}")[0] == 0
         made.append(contents(size))
-    seconds = (time.monotonic() - begin) / 2
+    seconds = (time.monotonic() - begin) / 3
     for size in "300", "900", "300", "900":
         process = start(f"{large} --vocab_size={size}", start_new_session=True)
         time.sleep(rng.uniform(0.2, 1) * seconds)
@@ -1328,8 +1331,8 @@ def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next
                    if not name.endswith(".tmp"))
     # with workers that are spawned, as on macOS and Windows, instead of forked
     write("sitecustomize.py", "import multiprocessing; multiprocessing.set_start_method('spawn')")
-    done = finish(f"{large} --vocab_size=300", env={**os.environ, "PYTHONPATH": os.getcwd()})
-    assert done[0] == 0 and contents("data") == made[0]
+    done = finish(f"{large} --vocab_size=600", env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done[0] == 0 and contents("data") == made[2]
 
 
 @linux
