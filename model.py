@@ -2,7 +2,7 @@
 The Transformer language model, with every building block written from raw tensor operations. As a script, it prints
 what such a model costs.
 
-    $ python model.py                                 # answers the handout's questions for GPT-2 small to XL
+    $ python model.py                                 # answers the handout's questions about GPT-2
     $ python model.py --d_model=768 --num_layers=12   # the same for another model: the constants below, with flags
 
 It prints parameters, bytes, every matrix product of a forward pass with its FLOPs, AdamW's memory, and days of
@@ -39,8 +39,8 @@ mfu = 0.5                   # model FLOPs utilisation, the share of the peak tha
 
 
 # ------------------------------------------------------------------------------------------------------ building blocks
-# Shapes: B batch, T sequence, V vocabulary, N layers, D d_model, H heads, d_k = D / H, F d_ff; ... any leading
-# dimensions.
+# In shapes, B is the batch size, T the length of the sequence, V the size of the vocabulary, N = num_layers,
+# D = d_model, H = num_heads, d_k = D / H, F = d_ff; ... stands for any leading dimensions.
 
 def truncated_normal(shape, std, device, dtype):
     """A parameter drawn from N(0, std^2), cut at 3 standard deviations."""
@@ -73,8 +73,8 @@ class Embedding(nn.Module):
         self.weight = truncated_normal((num_embeddings, embedding_dim), 1, device, dtype)
 
     def forward(self, token_ids):
-        # The same rows as weight[token_ids], but the gradient of that sums on one core:
-        # 8 ms of a training step at the handout's shape, against 1 ms here.
+        # The same rows as weight[token_ids], but the gradient of indexing is summed on one core, that of index_select
+        # on all: 1 ms of a training step at the handout's shape instead of 8.
         return self.weight.index_select(0, token_ids.flatten()).view(*token_ids.shape, -1)
 
 
@@ -115,7 +115,7 @@ class SwiGLU(nn.Module):
 
 
 class RotaryPositionalEmbedding(nn.Module):
-    """Turn each pair (a, b) = (x[2k], x[2k+1]) by the angle position * theta^(-2k / d_k), to
+    """Turn each pair (a, b) = (x[2i], x[2i+1]) by the angle position * theta^(-2i / d_k), to
     (a cos - b sin, b cos + a sin). The score q . k then depends on the distance of the two positions alone.
 
     x (..., T, d_k) and token_positions (..., T) -> (..., T, d_k); Su et al. 2021, eq. 15 and 34.
@@ -182,8 +182,8 @@ def causal_attention(q, k, v):
 def causal_attention_in_blocks(q, k, v, blocks=4):
     """causal_attention(q, k, v) for q, k, v of one length, (..., T, d_k), in less time.
 
-    Each block of queries meets only the keys up to its own end. That is 5/8 of the scores, in pieces that fit the
-    cache: under half the time at T = 256 on a CPU.
+    Each block of queries meets only the keys up to its own end. That is 5/8 of the scores, in pieces small enough for
+    a CPU's cache: under half the time at T = 256.
     """
     queries, keys, values = (x.chunk(blocks, -2) for x in (q, k, v))
     # The gradient of slices k[..., :end, :] would compile into slower loops than that of joined blocks.
@@ -192,15 +192,15 @@ def causal_attention_in_blocks(q, k, v, blocks=4):
 
 
 class KVCache:
-    """The keys and values of one layer so far, in room for context_length positions. With them, a new token costs the
-    work of one position, not that of the whole context.
+    """The keys and values of one layer so far. With them, a new token takes its own projections and one row of scores,
+    not those of the whole context. The memory for context_length positions is allocated at the first append.
     """
 
     def __init__(self, context_length):
         self.context_length, self.length = context_length, 0
 
     def append(self, k, v):
-        """Add the newest positions, each (B, H, T_new, d_k); return all keys and all values, (B, H, T, d_k)."""
+        """Add the newest positions, each (B, H, T_new, d_k); return all keys and values so far, (2, B, H, T, d_k)."""
         new = torch.stack((k, v))
         if not self.length:
             self.memory = new.new_empty(*new.shape[:-2], self.context_length, new.size(-1))
@@ -230,7 +230,8 @@ class MultiHeadSelfAttention(nn.Module):
         if self.rope:
             if token_positions is None:
                 token_positions = torch.arange(x.size(-2), device=x.device) + (cache.length if cache else 0)
-            q, k = (self.rope(heads, token_positions[..., None, :]) for heads in (q, k))   # the same for every head
+            q, k = (self.rope(x, token_positions[..., None, :]) for x in (q, k))   # the same for every head
+        # With a cache there are more keys than queries, and blocks would not fit together.
         heads = causal_attention(q, *cache.append(k, v)) if cache else causal_attention_in_blocks(q, k, v)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))   # (..., H, T, d_k) -> (..., T, D)
 
@@ -268,9 +269,11 @@ def cross_entropy(logits, targets):
 
 
 def full_shape(V, T, N, D, H, F=0, gated=True):
-    """The shape (V, T, N, D, H, F, gated) of a model, T being its context; F = 0 becomes the usual width of the
-    feed-forward networks. With a gate that is the multiple of 64 nearest to 8/3 D, so that three matrices hold as much
-    as two of 4 D; without one, 4 D. Raises UsageError, which is a ValueError, for a shape that no model can have.
+    """The shape (V, T, N, D, H, F, gated) of a model, where T is its context_length, and F = 0 becomes the usual width.
+
+    The usual width of a feed-forward network is 4 D without a gate. With one, it is the multiple of 64 nearest to
+    8/3 D, so that three matrices hold as much as two.
+    Raises UsageError, which is a ValueError, for a shape that no model can have.
     """
     F = F or (max(1, round(8 / 3 * D / 64)) * 64 if gated else 4 * D)
     require(min(V, T, N, D, H, F) > 0, f"vocab_size={V}, context_length={T}, num_layers={N}, d_model={D}, "
@@ -326,7 +329,7 @@ class TransformerLM(nn.Module):
         return self.cross_entropy(self(token_ids), targets)
 
     def compile_parts(self):
-        """Run each block, the last norm and the cross-entropy as code that torch.compile fuses at their next call.
+        """Let torch.compile fuse each block, the last norm and the cross-entropy, at their first call.
 
         All blocks share one compilation, so four of them take 31 s, not the 50 s of torch.compile(model.loss),
         and run as fast.
@@ -425,9 +428,9 @@ def print_training(shape, tied=False):
     """Print what training takes: AdamW's memory, the FLOPs of a step, and days."""
     V, T, N, D, H, F, gated = shape
     P = sum(parameters(*shape, tied).values())
-    # What the forward pass keeps for the backward pass of one sequence, by the handout's list: the results of every
-    # matrix product, softmax, SiLU, gate, RMSNorm, and of the cross-entropy. Attention that keeps no T x T scores
-    # needs less.
+    # The numbers that the forward pass of one sequence keeps for the backward pass, by the handout's list. In a block,
+    # for each token: 8 D for two norms, q, k, v, weighted values, output projection and w2; 4 F for w1, SiLU, w3 and
+    # the gated product; 2 H T for scores and softmax. Then the last norm, the logits, and the cross-entropy.
     activations = N * (T * (8 * D + (4 if gated else 2) * F) + 2 * H * T * T) + T * D + 2 * T * V
     largest_batch = int((memory_gb * 1e9 - 16 * P) // (4 * activations))   # negative if not even the state fits
     step = training_flops(*shape) * T * batch_size

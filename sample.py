@@ -49,9 +49,9 @@ device = ""            # cpu, cuda or mps; empty: the fastest at hand
 def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The next token's probabilities and the ids that they belong to, two tensors (..., n); logits (..., V).
 
-    The top_k largest logits stay (all, if 0) and are divided by temperature. Of these, the smallest set whose
-    probabilities reach top_p stays (nucleus sampling, Holtzman et al. 2019, eq. 2), rescaled to the sum 1.
-    The others get 0. Temperature 0 keeps the likeliest token alone.
+    The n = top_k largest logits stay (all, if 0) and are divided by temperature. Of these, the smallest set whose
+    probabilities reach top_p stays (nucleus sampling, Holtzman et al. 2019, eq. 2); the others get 0, and the sum
+    becomes 1 again. Temperature 0 keeps the likeliest token alone.
     """
     if temperature < 1e-30:   # 0, or so small that float32 cannot divide by it
         temperature, top_k = 1.0, 1
@@ -59,15 +59,15 @@ def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))   # in falling order
     probabilities = softmax(logits / temperature, -1)
     if top_p < 1:
-        likelier = probabilities.cumsum(-1) - probabilities   # the sum over all tokens before this one
-        probabilities = probabilities * (likelier < top_p)
+        before = probabilities.cumsum(-1) - probabilities   # the sum over all likelier tokens
+        probabilities = probabilities * (before < top_p)
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
 # ----------------------------------------------------------------------------------------------------------- generating
 
 class StreamedLinear(nn.Module):
-    """x @ weight.T for a few vectors x, where the time goes into reading the weights;
+    """x @ weight.T for a few vectors x, when reading the weights takes most of the time;
     x (B, T, in_features) -> (B, T, out_features).
 
     torch computes the product of a matrix and one vector on one core, at a third of the memory's speed. Here the
@@ -77,7 +77,7 @@ class StreamedLinear(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
-        # of equal size, up to two a core; a V such as 50,257 stays one block
+        # equal blocks, at most two a core; 50,257 has no common factor with these numbers, and stays whole
         blocks = math.gcd(len(weight), 2 * torch.get_num_threads())
         # (blocks, in_features, out_features / blocks)
         self.weight = weight.detach().unflatten(0, (blocks, -1)).mT.contiguous()
@@ -105,9 +105,10 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
     an int, or a list of num_samples ints where that is more than 1.
 
     Ends after max_new_tokens, or before that at end_id, which is not yielded. Of several samples, one that has ended
-    goes on as end_id until all have. For temperature, top_k and top_p see candidates. An empty prompt starts from
-    end_id. Of a prompt longer than the context, the end counts. When the context is full, the older half is dropped
-    and the rest read again, since dropping one token at a time would read all again for each token.
+    is filled up with end_id until all have ended. For temperature, top_k and top_p see candidates. An empty prompt
+    starts from end_id; a prompt longer than the context is cut to its end. When the context is full, the older half is
+    dropped and the rest read again: the cached keys and values depend on the dropped tokens, so they cannot stay, and
+    dropping one token at a time would read all again for each token.
     Random choices come from torch's global generator.
     Raises ValueError, when the first id is asked for, if a value is out of range. Handout, section 6.
     """
@@ -150,14 +151,14 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
 def surprise(model, ids):
     """Yield -log p(token | those before it), in nats, for ids[1:], some of them at a time (list); ids: two or more.
 
-    Each token sees what it would see in generate.
+    Each token sees what it would see in generate: the window moves on by half a context.
     """
     context, half = model.context_length, (model.context_length + 1) // 2
     for start in range(0, max(1, len(ids) - 1 - context + half), half):
         window = torch.tensor(ids[start:start + context + 1], device=model.token_embeddings.weight.device)
         logits = model(window[None, :-1])[0]                                     # (T, V)
         nats = logits.logsumexp(-1) - logits.gather(-1, window[1:, None])[:, 0]  # (T)
-        yield nats[context - half if start else 0:].tolist()                     # the others came with the last window
+        yield nats[context - half if start else 0:].tolist()                     # the window before had the others
 
 
 def score_text(model, tokenizer, text, end_id):
@@ -170,8 +171,8 @@ def score_text(model, tokenizer, text, end_id):
         losses += more
         if sys.stderr.isatty():
             print(f"\r{len(losses) / len(ids):4.0%} scored", end="\r", file=sys.stderr, flush=True)
-    nats, bits = sum(losses) / len(losses), sum(losses) / math.log(2)
-    return (f"{nats:.4f} nats per token, {bits / len(losses):.4f} bits per token, {bits / size:.4f} bits per byte, "
+    nats, all_bits = sum(losses) / len(losses), sum(losses) / math.log(2)
+    return (f"{nats:.4f} nats per token, {nats / math.log(2):.4f} bits per token, {all_bits / size:.4f} bits per byte, "
             f"perplexity {math.exp(min(nats, 700)):.2f} ({len(losses):,} tokens, {size:,} bytes)")
 
 
@@ -225,7 +226,7 @@ def llama_settings(model, tokenizer, config):
 
 def export_run(model, tokenizer, config, folder):
     """Write a run as a folder that transformers opens with AutoModelForCausalLM and AutoTokenizer: as a Llama, which
-    has the same architecture. All files appear together; without its config.json, nobody takes a folder for a model.
+    has the same architecture. config.json is put in place last, so a part of an export is never taken for a model.
 
     Raises UsageError for a model that is no Llama, and for a folder that holds something already.
     """
@@ -256,7 +257,7 @@ def read_text(given):
 def print_streamed(tokens, tokenizer, text=""):
     """Print `text`, then token ids as text while they come, and return their number.
 
-    A character whose bytes are not all there yet waits for the rest.
+    The bytes of a character that is not complete yet are held back until the rest has come.
     """
     decoder, count = codecs.getincrementaldecoder("utf-8")("replace"), 0
     for count, number in enumerate(tokens, 1):
