@@ -24,7 +24,6 @@ STARTED = time.perf_counter()  # before torch, whose import takes seconds of wha
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Of many processes, those that are left when one has failed would each print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-import csv
 import ctypes
 import datetime
 import glob
@@ -32,12 +31,11 @@ import html
 import itertools
 import json
 import math
-import shutil
 import signal
 import sys
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -103,22 +101,19 @@ SHAPE = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_t
 MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps", "max_minutes", "eval_interval",
               "log_interval", "device", "dtype", "compile", "shard")
 RESULTS = ("ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
-COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "grad_norm", "tokens_per_second")   # of log.csv
-# Dense bfloat16 FLOP/s. The first name found in the card's counts, so a variant stands before its family.
-PEAK_FLOPS = {"B200": 2250e12, "H200 NVL": 836e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-def load_tokens(path, vocab_size, context_length):
-    """The token ids of a .bin file as a read-only array on disk (numpy memmap): uint16, or uint32 for a vocabulary of
-    more than 65,536 tokens.
+def load_tokens(path, token_bytes, context_length):
+    """The token ids of a .bin file as a read-only array on disk (numpy memmap), their CRC-32, and the mean length of a
+    token in bytes. token_bytes (V): the length of each entry of the vocabulary.
 
-    Raises InputError (a ValueError) if the file ends inside a token, or is too short for one context and the token
-    after it.
+    The ids are uint16, or uint32 for a vocabulary of more than 65,536 tokens. Raises InputError (a ValueError) if the
+    file ends inside a token, is too short for one context and the token after it, or holds an id beyond the vocabulary.
     """
-    kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
+    kind = np.dtype("<u2" if len(token_bytes) <= 2 ** 16 else "<u4")
     size = os.path.getsize(path)
     if size % kind.itemsize:
         raise InputError(f"{path} is cut, or was made for another vocabulary: "
@@ -126,20 +121,13 @@ def load_tokens(path, vocab_size, context_length):
     if size // kind.itemsize <= context_length:
         raise InputError(f"{path} holds {size // kind.itemsize} tokens, "
                          f"fewer than one context and the next token ({context_length + 1})")
-    return np.memmap(path, kind, "r")
-
-
-def read_through(tokens, token_bytes):
-    """The CRC-32 of an array of token ids, and the mean length of its tokens in bytes; token_bytes (V): the length of
-    each entry of the vocabulary. Raises InputError (a ValueError) for an id beyond the vocabulary.
-    """
-    crc = total = 0
+    tokens, crc, total = np.memmap(path, kind, "r"), 0, 0
     for part in np.array_split(tokens, len(tokens) // 2 ** 22 + 1):   # the file may exceed the memory
         if part.max() >= len(token_bytes):
-            raise InputError(f"{tokens.filename} holds the token {part.max()}, but the vocabulary ends at "
+            raise InputError(f"{path} holds the token {part.max()}, but the vocabulary ends at "
                              f"{len(token_bytes) - 1}: encode the text with this vocabulary")
         crc, total = zlib.crc32(part, crc), total + int(token_bytes[part].sum())
-    return crc, total / len(tokens)
+    return tokens, crc, total / len(tokens)
 
 
 def windows(dataset, starts, context_length, device):
@@ -151,7 +139,7 @@ def windows(dataset, starts, context_length, device):
     if torch.device(device).type == "cuda":
         tokens = tokens.pin_memory()   # such a copy runs while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def get_batch(dataset, batch_size, context_length, device, generator=None, part=slice(None)):
@@ -161,8 +149,8 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, part=
     generator: a torch.Generator on the CPU, so that equal seeds give equal batches. part: the rows of the batch to
     read (all). Raises ValueError if the dataset is too short. Handout, section 5.1.
     """
-    if len(dataset) <= context_length:
-        raise ValueError(f"{len(dataset)} tokens are too few for one context of {context_length} and the next token")
+    require(len(dataset) > context_length,
+            f"{len(dataset)} tokens are too few for one context of {context_length} and the next token")
     starts = torch.randint(len(dataset) - context_length, (batch_size,), generator=generator)
     return windows(dataset, starts[part], context_length, device)
 
@@ -227,8 +215,7 @@ class SGD(Rule):
     """
 
     def __init__(self, params, lr):
-        if lr < 0:
-            raise ValueError(f"the learning rate {lr} is negative")
+        require(lr >= 0, f"the learning rate {lr} is negative")
         super().__init__(params, lr=lr)
 
     def update(self, p, g, state, lr, t, **more):
@@ -248,9 +235,8 @@ class AdamW(Rule):
     fused = False
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-        if not (min(lr, eps, weight_decay) >= 0 and 0 <= min(betas) <= max(betas) < 1):
-            raise ValueError(f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, "
-                             f"the betas {betas} in [0, 1)")
+        require(min(lr, eps, weight_decay) >= 0 and 0 <= min(betas) <= max(betas) < 1,
+                f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, the betas {betas} in [0, 1)")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def update(self, p, g, state, lr, betas, eps, weight_decay, t, **more):
@@ -349,7 +335,7 @@ def gathered(value):
         return {key: gathered(item) for key, item in value.items()}
     if hasattr(value, "full_tensor"):
         value = whole(value)
-        return value.cpu() if dist.get_rank() == 0 else None
+        return value.cpu() if RANK == 0 else None
     return value
 
 
@@ -359,7 +345,7 @@ def write_checkpoint(saved, out):
     With torchrun every process must call this; rank 0 writes.
     """
     saved = gathered(saved)
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if RANK > 0:
         return
     if hasattr(out, "write"):
         return torch.save(saved, out)
@@ -396,8 +382,7 @@ def read_checkpoint(src, *names):
     except (OSError, MemoryError):
         raise
     except Exception as error:   # torch, pickle and zipfile have many ways to say that a file is foreign
-        name = getattr(src, "name", "the checkpoint") if hasattr(src, "read") else src
-        raise InputError(f"{name} is damaged, or is not the checkpoint that is wanted ({str(error)[:99]})") from None
+        raise InputError(f"{src} is damaged, or is not the checkpoint that is wanted ({str(error)[:99]})") from None
     return saved
 
 
@@ -421,14 +406,13 @@ def load_run(folder):
 
     Raises InputError (a ValueError) if its files are damaged or do not belong together.
     """
-    path = Path(folder) / "best.pt"
-    if not path.exists():
-        path = path.with_name("ckpt.pt")
+    best = f"{folder}/best.pt"
+    path = best if os.path.exists(best) else f"{folder}/ckpt.pt"
     saved, tokenizer = read_checkpoint(path, "config"), Tokenizer.from_folder(folder)
     try:
         model = TransformerLM(len(tokenizer.vocab), **{name: saved["config"][name] for name in SHAPE})
         model.load_state_dict(saved["model"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:   # a missing constant, a value of another type, a tensor of another shape
         raise InputError(f"{path} has no model of its own settings and of the vocabulary beside it: {error}") from None
     return model, tokenizer, saved["config"]
 
@@ -437,16 +421,16 @@ def load_run(folder):
 
 def average(tensors):
     """Replace each tensor by its mean over the processes; all of them travel at once."""
-    if dist.is_initialized():
+    if PROCESSES > 1:
         for message in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             message.wait()
-        torch._foreach_div_(tensors, dist.get_world_size())
+        torch._foreach_div_(tensors, PROCESSES)
 
 
 def largest(*numbers):
     """Each number's maximum over the processes, so that all of them decide alike."""
     numbers = torch.tensor(numbers, dtype=torch.float64)
-    if dist.is_initialized():
+    if PROCESSES > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist()
 
@@ -458,7 +442,7 @@ def shard_model(model, kind):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     # left to itself, FSDP takes a GPU even with --device=cpu
-    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    mesh = init_device_mesh(kind, (PROCESSES,))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
@@ -470,15 +454,14 @@ def one_voice():
 
     Each waits before it does, the lower ranks less. When the first one has ended, torchrun ends the others.
     """
-    rank = int(os.environ.get("RANK", 0))   # set by torchrun
-    if rank > 0:
+    if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if "RANK" in os.environ:
+        if PROCESSES > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
-            time.sleep(0.5 + 0.3 * rank)
+            time.sleep(0.5 + 0.3 * RANK)
         if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
             raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum") from None
         raise
@@ -493,25 +476,10 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
-def append_rows(rows):
-    """Add rows, each a dict with COLUMNS as keys, to log.csv; None becomes an empty cell."""
-    with open(Path(out_dir) / "log.csv", "a", encoding="utf-8", newline="") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
-
-
-def read_log(path):
-    """The rows of a log.csv as dicts of numbers; val_loss is None where no evaluation was due. A last row that was cut
-    off is left out. Raises InputError (a ValueError) for anything but finite numbers under these names.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [{name: float(row[name]) if row[name] or name != "val_loss" else None for name in COLUMNS}
-                    for row in csv.DictReader(file) if row[COLUMNS[-1]]]
-        if rows and all(math.isfinite(value or 0) for row in rows for value in row.values()):
-            return rows
-    except (KeyError, TypeError, ValueError, csv.Error):
-        pass
-    raise InputError(f"{path} is no log of train.py: rows of finite numbers under {','.join(COLUMNS)}")
+def write_log(log):
+    """Write log.csv anew. log: the rows, dicts of one number for each column, or None for an empty cell."""
+    lines = [",".join("" if value is None else str(value) for value in row.values()) for row in log]
+    write_text(f"{out_dir}/log.csv", "\n".join([",".join(log[0]), *lines, ""]))
 
 
 def read_config(path):
@@ -522,36 +490,31 @@ def read_config(path):
         raise InputError(f"{path} is no config.json of train.py: {error}") from None
 
 
-def colour(i):
-    """The colour of the i-th run: hues a golden angle apart, so that no two are alike."""
-    return f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"
-
-
 def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
-    losses = [row[kind] for rows in logs.values() for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
+    rows = list(itertools.chain(*logs.values()))
+    losses = [row[kind] for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
     # nine tenths of all losses: the plunge of the first steps would flatten the rest, and leaves through the top
     low, high = min(losses) - 0.05, np.quantile(losses, 0.9) + 0.05
-    top = 60 + 18 * len(logs)
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 {top + 390}" font-family="sans-serif" '
-           'font-size="12"><style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>',
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 450" font-family="sans-serif" font-size="12">'
+           '<style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>'
            '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
-    for left, axis, label in ((70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds")):
-        end = max(rows[-1][axis] for rows in logs.values()) or 1
-        svg.append(f'<g transform="translate({left} {top})"><text x="220" y="374" text-anchor="middle">{label}</text>')
+    for left, axis, label in (70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds"):
+        end = max(row[axis] for row in rows)
+        svg.append(f'<g transform="translate({left} 60)"><text x="220" y="374" text-anchor="middle">{label}</text>')
         for i in range(6):   # five fields, each way
             svg.append(f'<path d="M{88 * i} 0v330M0 {66 * i}h440"/>'
                        f'<text x="{88 * i}" y="350" text-anchor="middle">{end * i / 5:,.4g}</text>'
                        f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
         svg.append('<svg width="440" height="330">')   # clips what lies outside
-        for i, rows in enumerate(logs.values()):
-            for kind, style in (("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"')):
+        for i, (name, log) in enumerate(logs.items()):
+            colour = f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"   # a golden angle apart, so no two are alike
+            svg.append(f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>')
+            for kind, style in ("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"'):
                 points = " ".join(f"{440 * row[axis] / end:.1f},{330 * (high - row[kind]) / (high - low):.1f}"
-                                  for row in rows if row[kind])
-                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour(i)}" {style}/>')
+                                  for row in log if row[kind])
+                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
         svg.append("</svg></g>")
-    for i, name in enumerate(logs):
-        svg.append(f'<text x="70" y="{52 + 18 * i}" fill="{colour(i)}">{html.escape(name)}</text>')
     write_text(path, "\n".join([*svg, "</svg>\n"]))
 
 
@@ -561,31 +524,34 @@ def bits_per_byte(loss, bytes_per_token):
 
 
 def compare_runs():
-    """Draw the runs that --compare names into out_dir/compare.svg, and print their last and best losses beside the
-    constants in which they differ.
+    """Draw the runs that --compare names, up to their checkpoints, into out_dir/compare.svg, and print their last and
+    best losses beside the constants in which they differ.
     """
-    logs = {}
+    logs, configs = {}, {}
     for pattern in compare.split(","):
-        found = [path for path in sorted(glob.glob(pattern)) if os.path.exists(f"{path}/log.csv")]
+        found = [folder for folder in sorted(glob.glob(pattern)) if os.path.exists(f"{folder}/ckpt.pt")]
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
-        logs.update((folder, read_log(f"{folder}/log.csv")) for folder in found)
-    configs = [read_config(f"{folder}/config.json") for folder in logs]
-    differing = [name for name in configs[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
-                 and len({str(config.get(name)) for config in configs}) > 1]
+        for folder in found:
+            saved = read_checkpoint(f"{folder}/ckpt.pt", "config", "log")
+            if saved["log"]:   # a run that diverged before its first evaluation has none
+                logs[folder], configs[folder] = saved["log"], saved["config"]
+    require(logs, f"--compare={compare}: no evaluation yet")
+    differing = [name for name in list(configs.values())[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
+                 and len({str(config.get(name)) for config in configs.values()}) > 1]
     table = [["run", *differing, "step", "seconds", "train loss", "val loss", "bits/byte", "best val", "bits/byte"]]
-    for (folder, rows), config in zip(logs.items(), configs):
+    for (folder, rows), config in zip(logs.items(), configs.values()):
         end, losses = rows[-1], [row["val_loss"] for row in rows if row["val_loss"]] or [math.nan]   # NaN: none was due
-        figures = [end["train_loss"]]
-        for loss in losses[-1], min(losses):
-            figures += loss, bits_per_byte(loss, config.get("val_bytes_per_token", math.nan))
-        table.append([folder, *(f"{config.get(name)}" for name in differing), f"{end['step']:,.0f}",
-                      f"{end['seconds']:,.0f}", *(f"{figure:.4f}" for figure in figures)])
+        last, best, size = losses[-1], min(losses), config["val_bytes_per_token"]
+        table.append([folder, *(f"{config.get(name)}" for name in differing), f"{end['step']:,}",
+                      f"{end['seconds']:,.0f}", f"{end['train_loss']:.4f}",
+                      f"{last:.4f}", f"{bits_per_byte(last, size):.4f}",
+                      f"{best:.4f}", f"{bits_per_byte(best, size):.4f}"])
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         print("  ".join(map(str.rjust, row, widths)))
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    draw_curves(logs, Path(out_dir) / "compare.svg")
-    print(f"{Path(out_dir) / 'compare.svg'} shows the curves")
+    os.makedirs(out_dir, exist_ok=True)
+    draw_curves(logs, f"{out_dir}/compare.svg")
+    print(f"{out_dir}/compare.svg shows the curves")
 
 
 # ---------------------------------------------------------------------------------------------------------------- a run
@@ -611,7 +577,7 @@ def adopt_runs(config):
     """
     path, known, saved, parent = Path(out_dir) / "ckpt.pt", None, None, None
     if resume and path.exists():
-        saved = read_checkpoint(path, "config", "run")
+        saved = read_checkpoint(path, "config", "log", "run")
         known = saved["config"]
     if resume and (written := path.with_name("config.json")).exists():
         known = read_config(written)
@@ -627,7 +593,7 @@ def adopt_runs(config):
     return config, saved, parent
 
 
-def check_flags(config, processes):
+def check_flags(config):
     """Raise UsageError for a flag whose value makes no sense."""
     may_be_0 = ("d_ff", "residual_gain", "embedding_scale", "muon_lr", "min_lr", "warmup_steps", "beta1", "beta2",
                 "weight_decay", "grad_clip", "max_minutes", "seed")
@@ -639,16 +605,15 @@ def check_flags(config, processes):
     require(dtype in ("", "float32", "bfloat16"), f"--dtype={dtype}: choose float32 or bfloat16")
     require(max(beta1, beta2) < 1, f"--beta1={beta1}, --beta2={beta2}: must be below 1")
     require(min_lr <= lr, f"--min_lr={min_lr} is above --lr={lr}, but the rate falls from lr to min_lr")
-    require(data_dir and out_dir, "--data_dir or --out_dir is empty: name a folder")
-    require(Path(data_dir).resolve() != Path(out_dir).resolve(),
-            f"--out_dir={out_dir} is --data_dir too: a run needs a folder of its own")
+    require(data_dir and out_dir and Path(data_dir).resolve() != Path(out_dir).resolve(),
+            f"--out_dir={out_dir}, --data_dir={data_dir}: name two folders, for a run needs one of its own")
     require(d_model % (2 * num_heads if rope else num_heads) == 0,
             f"--num_heads={num_heads} must divide --d_model={d_model}, and into heads of an even width, "
             "because RoPE turns pairs; --rope=False takes odd ones")
-    require(batch_size % (processes * grad_accum) == 0,
+    require(batch_size % (PROCESSES * grad_accum) == 0,
             f"--batch_size={batch_size} sequences cannot be split evenly over "
-            f"{processes} processes times --grad_accum={grad_accum} parts")
-    require(not shard or processes > 1,
+            f"{PROCESSES} processes times --grad_accum={grad_accum} parts")
+    require(not shard or PROCESSES > 1,
             "--shard=True spreads one model over several processes: start them with torchrun")
 
 
@@ -656,14 +621,14 @@ def choose_device(name):
     """The torch.device of this name ("": the fastest at hand); for "cuda" with torchrun, this process's own.
     Raises UsageError for one that this machine or this torch lacks.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        chip = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        if chip.type in ("cpu", "cuda", "mps"):
-            return torch.empty(0, device=chip).device
-    except (RuntimeError, AssertionError):
-        pass
-    require(False, f"--device={name}: this machine, or this torch, has no such device; choose cpu, cuda, cuda:1 or mps")
+        number = torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        number.item()   # a device such as "meta" has a name, but no numbers
+        return number.device
+    except Exception:   # torch has many ways to say that it lacks a device
+        require(False, f"--device={name}: this machine, or this torch, has no such device; "
+                       "choose cpu, cuda, cuda:1 or mps")
 
 
 def choose_precision(chip):
@@ -677,33 +642,28 @@ def choose_precision(chip):
 
 def load_data(saved, parent):
     """The tokenizer in data_dir; the tokens for training and for validation; their check sums, by which a resumed run
-    knows them; the mean bytes of a validation token. The first process of a machine reads the files through, so it
-    alone knows the last two.
+    knows them; the mean bytes of a validation token.
 
     Raises UsageError for data of another tokenizer than the parent's, or not those of the checkpoint.
     """
-    folder = Path(data_dir)
-    if not (folder / "vocab.json").exists():
-        raise FileNotFoundError(f"{folder} has no vocab.json: bpe.py has not run there, or not to its end; "
+    if not os.path.exists(f"{data_dir}/vocab.json"):
+        raise FileNotFoundError(f"{data_dir} has no vocab.json: bpe.py has not run there, or not to its end; "
                                 "run it first")
-    tokenizer = Tokenizer.from_folder(folder)
-    same = not parent or (tokenizer.vocab, tokenizer.merges) == (parent[1].vocab, parent[1].merges)
-    require(same, f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
-                  f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
-    vocab = sorted(tokenizer.vocab.items())
-    tokens = [load_tokens(folder / name, len(vocab), context_length) for name in ("train.bin", "val.bin")]
-    require(eval_batches * batch_size <= len(tokens[1]), f"--eval_batches={eval_batches} of {batch_size} sequences are "
-            f"more places than the {len(tokens[1]):,} tokens of {folder / 'val.bin'} have")
-    if int(os.environ.get("LOCAL_RANK", 0)):
-        return tokenizer, *tokens, {}, math.nan
-    token_bytes = np.array([len(token) for _, token in vocab])
-    (train_crc, _), (val_crc, val_bytes) = (read_through(array, token_bytes) for array in tokens)
-    check_sums = {"train.bin": train_crc, "val.bin": val_crc,
-                  "vocab.json": zlib.crc32(repr((vocab, tokenizer.merges)).encode())}
+    tokenizer = Tokenizer.from_folder(data_dir)
+    tables = tokenizer.file_contents()
+    require(not parent or parent[1].file_contents() == tables,
+            f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
+            f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
+    token_bytes = np.array([len(token) for _, token in sorted(tokenizer.vocab.items())])
+    (train_tokens, train_crc, _), (val_tokens, val_crc, val_bytes) = (
+        load_tokens(f"{data_dir}/{name}.bin", token_bytes, context_length) for name in ("train", "val"))
+    require(eval_batches * batch_size <= len(val_tokens), f"--eval_batches={eval_batches} of {batch_size} sequences "
+            f"are more places than the {len(val_tokens):,} tokens of {data_dir}/val.bin have")
+    check_sums = {"train.bin": train_crc, "val.bin": val_crc, "vocab.json": zlib.crc32(b"".join(tables))}
     for name, crc in check_sums.items():
-        require(not saved or saved["data"][name] == crc, f"--resume=True: {folder / name} is another file than the one "
-                f"that {out_dir} was trained on; name its data, or another --out_dir")
-    return tokenizer, *tokens, check_sums, val_bytes
+        require(not saved or saved["data"][name] == crc, f"--resume=True: {data_dir}/{name} is another file than the "
+                f"one that {out_dir} was trained on; name its data, or another --out_dir")
+    return tokenizer, train_tokens, val_tokens, check_sums, val_bytes
 
 
 def build(vocab_size, chip, precision, parent):
@@ -727,7 +687,7 @@ def build(vocab_size, chip, precision, parent):
     return model, rule
 
 
-def prepare_folder(config, tokenizer, rows, resumed):
+def prepare_folder(config, tokenizer, log, resumed):
     """Lay down the files of a run that begins or is resumed in out_dir. An older run is first moved into out_dir.1, or
     the next free number.
     """
@@ -742,8 +702,8 @@ def prepare_folder(config, tokenizer, rows, resumed):
     elif resumed and len(old) < len(RESULTS):
         print(f"{out_dir} has no {', '.join(name for name in RESULTS if name not in old)}: "
               f"written anew, as far as ckpt.pt and {data_dir} tell")
-    write_text(here / "log.csv", ",".join(COLUMNS) + "\n")
-    append_rows(rows)   # those of the checkpoint: what came after it comes again
+    if log:
+        write_log(log)   # as it was at the checkpoint: what came after it comes again
     write_text(here / "config.json", json.dumps(config, indent=1) + "\n")
     tokenizer.save(here)
 
@@ -760,8 +720,6 @@ def compile_model(model, inputs, targets):
         model.compile_parts()
         model.loss(inputs, targets).backward()
         print(f"{time.perf_counter() - begin:.0f} s", flush=True)
-    except torch.OutOfMemoryError:
-        raise   # steps that are not compiled would need even more
     except Exception as error:  # no C++ compiler, no Triton, no place for the cache: each has an exception of its own
         torch.compiler.set_stance("force_eager")
         print(f"failed, so steps take longer: {' '.join(str(error).split())[:200]}", flush=True)
@@ -772,12 +730,10 @@ def keep_freed_memory():
     """Let glibc keep large blocks that are freed, instead of taking new pages from the system at every step:
     5 % of a step on a CPU.
     """
-    try:
+    with suppress(AttributeError, OSError, TypeError):   # another C library, with habits of its own
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)    # M_MMAP_MAX: large blocks come from the heap
         libc.mallopt(-1, -1)   # M_TRIM_THRESHOLD: whose end is never given back
-    except (AttributeError, OSError, TypeError):
-        pass   # another C library, with habits of its own
 
 
 def evaluate(model, tokens, parts, chip):
@@ -800,32 +756,24 @@ def shorter_warmup(total):
     return int(total / 10)
 
 
-def gpu_peak(chip):
-    """FLOP/s of this GPU in dense bfloat16 products, against which MFU is counted whatever the data type;
-    0 where that is not known.
-    """
-    name = torch.cuda.get_device_name(chip) if chip.type == "cuda" else ""
-    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), 0)
-
-
 def duration(seconds):
     """Hours, minutes and seconds, as in 0:02:05."""
     return datetime.timedelta(seconds=int(max(0, seconds)))
 
 
 def catch_signals():
-    """A list that receives the exit status after a Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step.
+    """A list that receives a SystemExit at a Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step.
     The same signal once more ends the process at once, even while it waits for another process.
     """
     caught = []
 
     def note(number, frame):
-        caught.append(128 + number)
+        caught.append(SystemExit(128 + number))
         signal.signal(number, signal.SIG_DFL)
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:   # Windows has no SIGHUP
-        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:   # nohup ignores SIGHUP
-            signal.signal(getattr(signal, name), note)
+    for number in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):   # Windows has no SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:   # nohup ignores SIGHUP
+            signal.signal(number, note)
     return caught
 
 
@@ -835,63 +783,60 @@ def check_divergence(row, vocab_size):
     """
     loss, norm = row["train_loss"], row["grad_norm"]
     if not math.isfinite(loss + norm + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
-        checkpoint = Path(out_dir) / "ckpt.pt"
         raise FloatingPointError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
-                                 f"gradient norm {norm:.4g}, lr {row['lr']:.3g}"
-                                 + f"; {checkpoint} keeps the last good weights" * checkpoint.exists())
+                                 f"gradient norm {norm:.4g}, lr {row['lr']:.3g}; "
+                                 f"{out_dir}/ckpt.pt keeps the last good weights")
 
 
-def report(row, left, total, mfu):
-    """Add a row to log.csv and print it. left, total: seconds and steps to the end; mfu: 0 where it is not known."""
-    append_rows([row])
+def report(log, left, total, flops):
+    """Write log.csv and print its last row. left, total: seconds and steps to the end; flops: of a token, 0 if they
+    are not to be shown.
+    """
+    write_log(log)
+    row = log[-1]
     validation = "" if row["val_loss"] is None else f", validation {row['val_loss']:.3f}"
+    used = f" ({row['tokens_per_second'] * flops / 1e12:,.0f} TFLOP/s)" if flops else ""
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
-          f"{row['tokens_per_second']:,.0f} tokens/s{f' ({mfu:.0%} MFU)' * bool(mfu)}, "
-          f"{duration(left)} left", flush=True)
+          f"{row['tokens_per_second']:,.0f} tokens/s{used}, {duration(left)} left", flush=True)
 
 
 def main():
     config = configure(globals())
     if compare:
         return compare_runs()
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
     config, saved, parent = adopt_runs(config)
-    check_flags(config, processes)
+    check_flags(config)
     chip = choose_device(device)
     precision = choose_precision(chip)
-    require(processes == 1 or chip.type != "mps",
+    require(PROCESSES == 1 or chip.type != "mps",
             "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
     tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
     keep_freed_memory()
     if chip.type == "cuda":
         torch.cuda.set_device(chip)
         torch.set_float32_matmul_precision("high")   # TF32
-    if processes > 1:
+    if PROCESSES > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chip.type == "cuda" else "gloo")
 
-    with only_run_in(out_dir) if rank == 0 else nullcontext():
+    with only_run_in(out_dir) if RANK == 0 else nullcontext():
         # the run: a new one, or where the checkpoint stands
         vocab_size = len(tokenizer.vocab)
         model, rule = build(vocab_size, chip, precision, parent)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
-              f"{f'{processes} processes on ' * (processes > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
-        checkpoint, best_file, picture = (Path(out_dir) / name for name in ("ckpt.pt", "best.pt", "curves.svg"))
-        step, earlier, rows, best, best_step, warmup = 0, 0.0, [], math.inf, 0, warmup_steps
+              f"{f'{PROCESSES} processes on ' * (PROCESSES > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
+        nothing = math.inf, 0   # best: the lowest validation loss so far and its step
+        step, log, earlier, best, warmup = 0, [], 0.0, nothing, warmup_steps
         if saved:
-            step, (earlier, rows, best, best_step, warmup) = load_checkpoint(saved, model, rule), saved["run"]
-            print(f"{checkpoint} stands at step {step:,}")
-        if not best_file.exists():
-            best = math.inf   # it was lost: the next evaluation writes it
-        if rank == 0:
-            prepare_folder(config, tokenizer, rows, saved)
+            step, log, (earlier, best, warmup) = load_checkpoint(saved, model, rule), saved["log"], saved["run"]
+            print(f"{out_dir}/ckpt.pt stands at step {step:,}")
+        if not os.path.exists(f"{out_dir}/best.pt"):
+            best = nothing   # it was lost: the next evaluation writes it
+        if RANK == 0:
+            prepare_folder(config, tokenizer, log, saved)
         saved = parent = None   # their weights take memory
-
-        # this process's rows of each batch, in the parts that go through the model at once
-        share = batch_size // processes // grad_accum
-        parts = [slice(i * share, (i + 1) * share) for i in range(rank * grad_accum, (rank + 1) * grad_accum)]
-        if compile:
-            compile_model(model, *windows(train_tokens, [0] * share, context_length, chip))
+        # this process's rows of each batch, a row here for each part that goes through the model at once
+        parts = np.arange(batch_size).reshape(PROCESSES, grad_accum, -1)[RANK]   # (grad_accum, sequences)
 
         def clock():
             """Seconds that the run has taken, those before it was resumed included."""
@@ -903,34 +848,32 @@ def main():
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
-        def save(val_loss):
-            """Write ckpt.pt; first best.pt, if val_loss is the lowest so far (None: not known)."""
-            nonlocal best, best_step
-            if val_loss is not None and val_loss < best:
-                best, best_step = val_loss, step
-                write_checkpoint(dict(model=model.state_dict(), config=config), best_file)
-            save_checkpoint(model, rule, step, checkpoint, config=config, data=check_sums,
-                            run=(clock(), rows, best, best_step, warmup))
+        def save(val_loss=None):
+            """Write ckpt.pt; first best.pt, if val_loss is known and the lowest so far."""
+            nonlocal best
+            if val_loss and val_loss < best[0]:
+                best = val_loss, step
+                write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
+            save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
+                            run=(clock(), best, warmup))
 
-        # An evaluation and a checkpoint now show how long they will take at the end, and that there is room for them.
+        save()
+        if compile:
+            compile_model(model, *windows(train_tokens, 0 * parts[0], context_length, chip))
+        # An evaluation and a second checkpoint show now how long they will take at the end, and that there is room.
         begin = clock()
-        save(evaluate(model, val_tokens, parts, chip))
-        if rank == 0 and shutil.disk_usage(out_dir).free < checkpoint.stat().st_size:
-            raise OSError(f"{out_dir} has no room for a new ckpt.pt beside the old one: "
-                          "make room, or name another --out_dir")
+        val_loss = evaluate(model, val_tokens, parts, chip)
+        save(val_loss)
         budget = 60 * max_minutes - largest(1.5 * (clock() - begin) + 1.5)[0]   # Python takes a second to end
         if not max_minutes:
             warmup = shorter_warmup(steps)
         horizon = horizon_at(*largest(clock()))   # one clock for all processes: their rates must be equal
-        if step >= horizon:
-            print(f"{out_dir} has used up its {max_minutes:g} minutes already" if max_minutes
-                  else f"{out_dir} holds all of its {step:,} steps already")
-        peak = gpu_peak(chip) * processes   # model FLOPs utilisation is counted against it, where it is known
-        flops = training_flops(*full_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu))
+        shape = full_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu)
+        flops = training_flops(*shape) * (chip.type == "cuda")
 
-        # sums: on the device, of the losses and gradient norms since the last row of the log, and how many they are
-        sums, row_step, row_end = torch.zeros(3, device=chip), step, clock()
-        caught, failure, stop, val_loss = catch_signals(), None, 0, None
+        # since the last row of the log: the sums of the losses and of the gradient norms, on the device
+        sums, row_step, row_end = torch.zeros(2, device=chip), step, clock()
+        caught, stop = catch_signals(), False
         while step < horizon and not stop:
             # one step
             begin, step = clock(), step + 1
@@ -940,18 +883,17 @@ def main():
             for part in parts:   # each draws the places of the whole batch, from the same seed, and reads its own rows
                 inputs, targets = get_batch(train_tokens, batch_size, context_length, chip,
                                             generator_of_step(seed, step), part)
-                loss = model.loss(inputs, targets) / len(parts)
+                loss = model.loss(inputs, targets) / grad_accum
                 loss.backward()
                 sums[0] += loss.detach()
             if not shard:   # sharded gradients are averaged on their way back
                 average([p.grad for p in model.parameters()])
             sums[1] += whole(gradient_clipping(model.parameters(), grad_clip or math.inf))
-            sums[2] += 1
             rule.step()
             rule.zero_grad()
 
-            # when one more step as long as this one would end, and the exit status if any process is to stop
-            next_end, stop = largest(2 * clock() - begin, max(caught, default=0))
+            # when one more step as long as this one would end, and whether any process is to stop
+            next_end, stop = largest(2 * clock() - begin, len(caught))
             horizon = horizon_at(next_end)   # with --max_minutes, the rate falls with the clock
             if max_minutes and step == 5:   # the pace, without compilation, tells how many steps it will be
                 pace = (clock() - row_end) / (step - row_step)
@@ -962,48 +904,46 @@ def main():
 
             # log: reading the sums waits for the device, which other steps do not
             average([sums])
-            train_loss, norm = (sums[:2] / sums[2]).tolist()
+            train_loss, norm = (sums / (step - row_step)).tolist()
             sums.zero_()
             seconds = clock()
             pace = (seconds - row_end) / (step - row_step)
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
-            rows.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
-                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
-                             tokens_per_second=batch_size * context_length / pace))
-            check_divergence(rows[-1], vocab_size)
-            if rank == 0 and not failure:
+            log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
+                            train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
+                            tokens_per_second=batch_size * context_length / pace))
+            check_divergence(log[-1], vocab_size)
+            if RANK == 0:
                 try:
                     left = (budget - seconds if max_minutes else pace * (steps - step)) * (step < horizon)
-                    report(rows[-1], left, step + left / pace, peak and rows[-1]["tokens_per_second"] * flops / peak)
+                    report(log, left, step + left / pace, flops)
                     if evaluating or stop:
-                        draw_curves({out_dir: rows}, picture)
+                        draw_curves({out_dir: log}, f"{out_dir}/curves.svg")
                 except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
-                    failure = error
-                    caught.append(1)
+                    caught.append(error)
 
             # save
             if evaluating or stop:
                 save(val_loss)
             row_step, row_end = step, clock()   # evaluations do not count into the speed
 
-        if failure:
-            raise failure
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
-        elif val_loss is not None:
-            better = "" if best_step == step else f" (best {best:.4f} at step {best_step:,}, in {best_file})"
-            bits, best_bits = (bits_per_byte(loss, config["val_bytes_per_token"]) for loss in (val_loss, best))
+        else:
+            better = "" if best[1] == step else f" (best {best[0]:.4f} at step {best[1]:,}, in {out_dir}/best.pt)"
+            bits, best_bits = (bits_per_byte(loss, config["val_bytes_per_token"]) for loss in (val_loss, best[0]))
             print(f"{step * batch_size * context_length:,} tokens in {duration(clock())}: "
                   f"validation loss {val_loss:.4f}{better}, perplexity {math.exp(min(val_loss, 700)):.1f}, "
-                  f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * bool(better)}; {picture} shows the curves")
-    status = int(stop) if step < horizon else 0
-    if processes > 1:
+                  f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * bool(better)}; "
+                  f"{out_dir}/curves.svg shows the curves")
+    if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
+    if caught:
+        raise caught[0]
+    if PROCESSES > 1:
         sys.stdout.flush()
-        os._exit(status)   # gloo's threads have been seen to abort a process that shuts the interpreter down
-    if status:
-        sys.exit(status)
+        os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
 
 
 if __name__ == "__main__":
