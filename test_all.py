@@ -215,7 +215,7 @@ def tokens_in(content, vocab_size):
     (lambda: small_model(num_heads=5), "d_model=32 cannot be split into num_heads=5"),
     (lambda: small_model(num_heads=32), "must be even"),
     (lambda: tokens_in(b"\0" * 42, 70_000), "t.bin .*42 bytes"),
-    (lambda: tokens_in(b"\0" * 20, 300), "t.bin .*10 tokens"),
+    (lambda: tokens_in(b"\0" * 20, 300), "t.bin .*20 bytes"),
     (lambda: tokens_in(b"\0" * 40 + b"\1\1", 257), "t.bin .*token 257"),
     (lambda: get_batch(np.arange(10), 1, 10, "cpu"), "10 tokens are too few"),
     (lambda: AdamW([torch.zeros(1)], betas=(1.5, 0.9)), r"1\.5"),
@@ -936,7 +936,7 @@ def test_compare_shows_last_and_best_losses_and_draws_the_runs_that_a_pattern_na
     for line, name in zip(lines, ("out", "out&<b>")):
         size, losses = read_json(name, "config.json")["val_bytes_per_token"], [*validation_losses(name).values()]
         for loss in losses[-1], min(losses):
-            assert {name, f"{loss:.4f}", f"{loss / math.log(2) / size:.4f}"} <= {*line.split()}
+            assert all(text in line for text in (name, f"{loss:.4f}", f"{loss / math.log(2) / size:.4f}"))
     svg = xml.parse("out/compare.svg").getroot()
     assert {"out", "out&<b>", "optimiser steps", "wall-clock seconds"} <= {*svg.itertext()}
     points = [node.get("points") for node in svg.iter("{http://www.w3.org/2000/svg}polyline")]
@@ -944,7 +944,7 @@ def test_compare_shows_last_and_best_losses_and_draws_the_runs_that_a_pattern_na
     assert Path("out/curves.svg").read_bytes() == before
     run(f"{TRAIN} --out_dir=early --lr=1e9 --warmup_steps=0", 1)   # diverges before its first evaluation
     assert "no evaluation" in run("train.py --compare=early", 2)
-    assert run("train.py --compare=*").splitlines()[:3] == [head, *lines[:2]]
+    assert re.search("early .*1000000000.0.*no evaluation yet", run("train.py --compare=*"))
     os.truncate("out/ckpt.pt", 999)
     assert "out/ckpt.pt is damaged" in run("train.py --compare=out*", 1)
 

@@ -46,7 +46,7 @@ import torch
 import torch.distributed as dist
 
 from bpe import InputError, Tokenizer, configure, one_line_errors, only_run_in, replacing, require
-from model import TransformerLM, full_shape, training_flops
+from model import TransformerLM
 
 # files
 data_dir = "data"       # folder that bpe.py wrote
@@ -115,12 +115,9 @@ def load_tokens(path, token_bytes, context_length):
     """
     kind = np.dtype("<u2" if len(token_bytes) <= 2 ** 16 else "<u4")
     size = os.path.getsize(path)
-    if size % kind.itemsize:
-        raise InputError(f"{path} is cut, or was made for another vocabulary: "
-                         f"{size} bytes are no whole number of {kind.itemsize}-byte tokens")
-    if size // kind.itemsize <= context_length:
-        raise InputError(f"{path} holds {size // kind.itemsize} tokens, "
-                         f"fewer than one context and the next token ({context_length + 1})")
+    if size % kind.itemsize or size <= context_length * kind.itemsize:
+        raise InputError(f"{path} is too short, cut, or made for another vocabulary: its {size} bytes must be a whole "
+                         f"number of {kind.itemsize}-byte tokens, {context_length + 1} or more")
     tokens, crc, total = np.memmap(path, kind, "r"), 0, 0
     for part in np.array_split(tokens, len(tokens) // 2 ** 22 + 1):   # the file may exceed the memory
         if part.max() >= len(token_bytes):
@@ -230,9 +227,9 @@ class AdamW(Rule):
     Raises ValueError for values out of range.
     """
 
-    # True: the same four lines in torch's one kernel, which reads and writes every number once. At the handout's shape,
+    # True: the four lines in torch's one kernel, which reads and writes every number once. At the handout's shape,
     # on two cores, it takes 10 ms of a step of 700, and the lines 66.
-    fused = False
+    fused = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         require(min(lr, eps, weight_decay) >= 0 and 0 <= min(betas) <= max(betas) < 1,
@@ -482,14 +479,6 @@ def write_log(log):
     write_text(f"{out_dir}/log.csv", "\n".join([",".join(log[0]), *lines, ""]))
 
 
-def read_config(path):
-    """The constants of a run, a dict. Raises InputError (a ValueError) if the file holds something else."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} is no config.json of train.py: {error}") from None
-
-
 def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
     rows = list(itertools.chain(*logs.values()))
@@ -518,37 +507,47 @@ def draw_curves(logs, path):
     write_text(path, "\n".join([*svg, "</svg>\n"]))
 
 
-def bits_per_byte(loss, bytes_per_token):
-    """A loss in nats a token as bits a byte of text, which alone compares runs with different tokenizers."""
-    return loss / math.log(2) / bytes_per_token
+def duration(seconds):
+    """Hours, minutes and seconds, as in 0:02:05."""
+    return datetime.timedelta(seconds=int(max(0, seconds)))
+
+
+def summary(log, best, config):
+    """What a run has reached, as one line. best: the lowest validation loss and its step; bits per byte are the figure
+    that compares runs with different tokenizers.
+    """
+    last = next((row for row in reversed(log) if row["val_loss"]), None)
+    if not last:
+        return "no evaluation yet"
+    loss, (best_loss, best_step) = last["val_loss"], best
+    bits, best_bits = (nats / math.log(2) / config["val_bytes_per_token"] for nats in (loss, best_loss))
+    better = best_step < last["step"]
+    return (f"{last['tokens']:,} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
+            f"{f' (best {best_loss:.4f} at step {best_step:,}, in best.pt)' * better}, "
+            f"perplexity {math.exp(min(loss, 700)):.1f}, "
+            f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * better}")
 
 
 def compare_runs():
-    """Draw the runs that --compare names, up to their checkpoints, into out_dir/compare.svg, and print their last and
-    best losses beside the constants in which they differ.
+    """Draw the runs that --compare names, up to their checkpoints, into out_dir/compare.svg, and print what they have
+    reached beside the constants in which they differ.
     """
-    logs, configs = {}, {}
+    logs, runs = {}, {}
     for pattern in compare.split(","):
         found = [folder for folder in sorted(glob.glob(pattern)) if os.path.exists(f"{folder}/ckpt.pt")]
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
         for folder in found:
-            saved = read_checkpoint(f"{folder}/ckpt.pt", "config", "log")
-            if saved["log"]:   # a run that diverged before its first evaluation has none
-                logs[folder], configs[folder] = saved["log"], saved["config"]
-    require(logs, f"--compare={compare}: no evaluation yet")
-    differing = [name for name in list(configs.values())[0] if name not in (*MAY_CHANGE, "val_bytes_per_token")
-                 and len({str(config.get(name)) for config in configs.values()}) > 1]
-    table = [["run", *differing, "step", "seconds", "train loss", "val loss", "bits/byte", "best val", "bits/byte"]]
-    for (folder, rows), config in zip(logs.items(), configs.values()):
-        end, losses = rows[-1], [row["val_loss"] for row in rows if row["val_loss"]] or [math.nan]   # NaN: none was due
-        last, best, size = losses[-1], min(losses), config["val_bytes_per_token"]
-        table.append([folder, *(f"{config.get(name)}" for name in differing), f"{end['step']:,}",
-                      f"{end['seconds']:,.0f}", f"{end['train_loss']:.4f}",
-                      f"{last:.4f}", f"{bits_per_byte(last, size):.4f}",
-                      f"{best:.4f}", f"{bits_per_byte(best, size):.4f}"])
+            saved = read_checkpoint(f"{folder}/ckpt.pt", "config", "log", "best")
+            config, logs[folder] = saved["config"], saved["log"]
+            runs[folder] = {"run": folder, **config, "reached": summary(saved["log"], saved["best"], config)}
+    require(any(logs.values()), f"--compare={compare}: no evaluation yet")
+    differing = [name for name in config if name not in (*MAY_CHANGE, "val_bytes_per_token")
+                 and len({str(run.get(name)) for run in runs.values()}) > 1]
+    columns = ["run", *differing, "reached"]
+    table = [columns, *([str(run.get(name)) for name in columns] for run in runs.values())]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
-        print("  ".join(map(str.rjust, row, widths)))
+        print("  ".join(map(str.ljust, row, widths)))
     os.makedirs(out_dir, exist_ok=True)
     draw_curves(logs, f"{out_dir}/compare.svg")
     print(f"{out_dir}/compare.svg shows the curves")
@@ -556,15 +555,15 @@ def compare_runs():
 
 # ---------------------------------------------------------------------------------------------------------------- a run
 
-def adopt(saved, names, source, free=MAY_CHANGE):
+def adopt(known, names, source, free=MAY_CHANGE):
     """Take over these constants of another run, as flags that stand before those of the command line.
     Raises UsageError for a flag that contradicts one, unless it is free to change.
     """
-    sys.argv[1:1] = [f"--{name}={saved[name]}" for name in names]
+    sys.argv[1:1] = [f"--{name}={known[name]}" for name in names]
     config = configure(globals())   # of a flag given twice the last one counts
     for name in names:
-        require(name in free or config[name] == saved[name],
-                f"{source}: {name} is {saved[name]!r} there and {config[name]!r} here; "
+        require(name in free or config[name] == known[name],
+                f"{source}: {name} is {known[name]!r} there and {config[name]!r} here; "
                 "leave the flag out, or name another folder")
     return config
 
@@ -575,17 +574,16 @@ def adopt_runs(config):
     Returns our constants; the checkpoint to resume, or None; and the run of --init_from, as load_run gives it, or None
     where its weights are not wanted.
     """
-    path, known, saved, parent = Path(out_dir) / "ckpt.pt", None, None, None
-    if resume and path.exists():
-        saved = read_checkpoint(path, "config", "log", "run")
-        known = saved["config"]
-    if resume and (written := path.with_name("config.json")).exists():
-        known = read_config(written)
-    if known:
+    saved = parent = None
+    if resume and os.path.exists(f"{out_dir}/ckpt.pt"):
+        saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "log", "best")
+    if resume:
+        known = dict(saved["config"]) if saved else {}
+        with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
+            known.update(json.loads(Path(out_dir, "config.json").read_bytes()))
         # not out_dir: the folder may have another name by now
-        names = [name for name in config if name in known and name != "out_dir"]
-        config = adopt(known, names, f"--resume=True: {out_dir}")
-        if (steps, max_minutes) != (known.get("steps"), known.get("max_minutes")):
+        config = adopt(known, known.keys() & config.keys() - {"out_dir"}, f"--resume=True: {out_dir}")
+        if saved and (steps, max_minutes) != (known["steps"], known["max_minutes"]):
             print("the budget is another than before, so the learning rate follows a new schedule")
     if init_from and not saved:
         parent = load_run(init_from)
@@ -683,7 +681,7 @@ def build(vocab_size, chip, precision, parent):
     # from here on, the loss comes with its matrix products in this data type
     model.loss = torch.autocast(chip.type, precision, enabled=precision != torch.float32)(model.loss)
     rule = (Muon if optimizer == "muon" else AdamW)(parameter_groups(model), lr, (beta1, beta2), eps, weight_decay)
-    rule.fused, rule.dtype = True, precision
+    rule.dtype = precision
     return model, rule
 
 
@@ -756,11 +754,6 @@ def shorter_warmup(total):
     return int(total / 10)
 
 
-def duration(seconds):
-    """Hours, minutes and seconds, as in 0:02:05."""
-    return datetime.timedelta(seconds=int(max(0, seconds)))
-
-
 def catch_signals():
     """A list that receives a SystemExit at a Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step.
     The same signal once more ends the process at once, even while it waits for another process.
@@ -788,17 +781,14 @@ def check_divergence(row, vocab_size):
                                  f"{out_dir}/ckpt.pt keeps the last good weights")
 
 
-def report(log, left, total, flops):
-    """Write log.csv and print its last row. left, total: seconds and steps to the end; flops: of a token, 0 if they
-    are not to be shown.
-    """
+def report(log, left, total):
+    """Write log.csv and print its last row. left, total: seconds and steps to the end."""
     write_log(log)
     row = log[-1]
     validation = "" if row["val_loss"] is None else f", validation {row['val_loss']:.3f}"
-    used = f" ({row['tokens_per_second'] * flops / 1e12:,.0f} TFLOP/s)" if flops else ""
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
-          f"{row['tokens_per_second']:,.0f} tokens/s{used}, {duration(left)} left", flush=True)
+          f"{row['tokens_per_second']:,.0f} tokens/s, {duration(left)} left", flush=True)
 
 
 def main():
@@ -825,13 +815,14 @@ def main():
         model, rule = build(vocab_size, chip, precision, parent)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
               f"{f'{PROCESSES} processes on ' * (PROCESSES > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
-        nothing = math.inf, 0   # best: the lowest validation loss so far and its step
-        step, log, earlier, best, warmup = 0, [], 0.0, nothing, warmup_steps
+        # log: the rows of log.csv; best: the lowest validation loss and its step; earlier: seconds before it was resumed
+        step, log, best, earlier, warmup = 0, [], (math.inf, 0), 0.0, warmup_steps
         if saved:
-            step, log, (earlier, best, warmup) = load_checkpoint(saved, model, rule), saved["log"], saved["run"]
+            step, log = load_checkpoint(saved, model, rule), saved["log"]
+            earlier, warmup = saved["seconds"], saved["warmup"]
+            if os.path.exists(f"{out_dir}/best.pt"):   # if it was lost, the next evaluation writes it
+                best = saved["best"]
             print(f"{out_dir}/ckpt.pt stands at step {step:,}")
-        if not os.path.exists(f"{out_dir}/best.pt"):
-            best = nothing   # it was lost: the next evaluation writes it
         if RANK == 0:
             prepare_folder(config, tokenizer, log, saved)
         saved = parent = None   # their weights take memory
@@ -855,21 +846,18 @@ def main():
                 best = val_loss, step
                 write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
             save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
-                            run=(clock(), best, warmup))
+                            best=best, seconds=clock(), warmup=warmup)
 
         save()
         if compile:
             compile_model(model, *windows(train_tokens, 0 * parts[0], context_length, chip))
         # An evaluation and a second checkpoint show now how long they will take at the end, and that there is room.
         begin = clock()
-        val_loss = evaluate(model, val_tokens, parts, chip)
-        save(val_loss)
+        save(evaluate(model, val_tokens, parts, chip))
         budget = 60 * max_minutes - largest(1.5 * (clock() - begin) + 1.5)[0]   # Python takes a second to end
         if not max_minutes:
             warmup = shorter_warmup(steps)
         horizon = horizon_at(*largest(clock()))   # one clock for all processes: their rates must be equal
-        shape = full_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu)
-        flops = training_flops(*shape) * (chip.type == "cuda")
 
         # since the last row of the log: the sums of the losses and of the gradient norms, on the device
         sums, row_step, row_end = torch.zeros(2, device=chip), step, clock()
@@ -895,11 +883,9 @@ def main():
             # when one more step as long as this one would end, and whether any process is to stop
             next_end, stop = largest(2 * clock() - begin, len(caught))
             horizon = horizon_at(next_end)   # with --max_minutes, the rate falls with the clock
-            if max_minutes and step == 5:   # the pace, without compilation, tells how many steps it will be
-                pace = (clock() - row_end) / (step - row_step)
-                warmup = shorter_warmup(*largest(step + (budget - clock()) / pace))
             evaluating = step >= horizon or step % eval_interval == 0
-            if not (evaluating or stop or step % log_interval == 0 or step == 1):
+            estimating = max_minutes and step == 5
+            if not (evaluating or estimating or stop or step % log_interval == 0 or step == 1):
                 continue
 
             # log: reading the sums waits for the device, which other steps do not
@@ -908,6 +894,8 @@ def main():
             sums.zero_()
             seconds = clock()
             pace = (seconds - row_end) / (step - row_step)
+            if estimating:   # the pace without start-up and compilation tells how many steps it will be
+                warmup = shorter_warmup(*largest(step + (budget - seconds) / pace))
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
@@ -915,8 +903,8 @@ def main():
             check_divergence(log[-1], vocab_size)
             if RANK == 0:
                 try:
-                    left = (budget - seconds if max_minutes else pace * (steps - step)) * (step < horizon)
-                    report(log, left, step + left / pace, flops)
+                    left = budget - seconds if max_minutes else pace * (steps - step)
+                    report(log, left, step + left / pace)
                     if evaluating or stop:
                         draw_curves({out_dir: log}, f"{out_dir}/curves.svg")
                 except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
@@ -930,12 +918,7 @@ def main():
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         else:
-            better = "" if best[1] == step else f" (best {best[0]:.4f} at step {best[1]:,}, in {out_dir}/best.pt)"
-            bits, best_bits = (bits_per_byte(loss, config["val_bytes_per_token"]) for loss in (val_loss, best[0]))
-            print(f"{step * batch_size * context_length:,} tokens in {duration(clock())}: "
-                  f"validation loss {val_loss:.4f}{better}, perplexity {math.exp(min(val_loss, 700)):.1f}, "
-                  f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * bool(better)}; "
-                  f"{out_dir}/curves.svg shows the curves")
+            print(f"{summary(log, best, config)}; {out_dir}/curves.svg shows the curves")
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
