@@ -282,14 +282,14 @@ bpe.py --data=link                                      2  would replace
 bpe.py --data=text.txt --special_tokens=|               2  '|'
 bpe.py --data=text.txt --special_tokens=\u0120the       2  reads like
 train.py --d_model=0                                    2  --d_model=0
-train.py --num_heads=3                                  2  --num_heads=3
-train.py --num_heads=16 --d_model=16                    2  --num_heads=16
+train.py --num_heads=3                                  2  num_heads=3
+train.py --num_heads=16 --d_model=16                    2  must be even
 train.py --lr=-1                                        2  --lr=-1
 train.py --lr=nan                                       2  --lr
 train.py --eps=0                                        2  --eps=0
 train.py --weight_decay=-1                              2  --weight_decay=-1
 train.py --min_lr=1                                     2  --min_lr=1
-train.py --beta2=1.0                                    2  --beta2=1.0
+train.py --beta2=1.0                                    2  betas (0.9, 1.0)
 train.py --optimizer=sgd                                2  --optimizer=sgd
 train.py --dtype=int8                                   2  --dtype=int8
 train.py --device=tpu                                   2  --device=tpu
@@ -967,7 +967,7 @@ def test_a_run_resumes_with_its_own_constants_and_what_it_has_lost_is_restored(r
     train.load_run("new")
     shutil.copytree("data", "other")
     shutil.copyfile("data/train.bin", "other/val.bin")
-    assert "val.bin is another file" in run(f"{resume} --data_dir=other", 2)
+    assert "other has other tokens" in run(f"{resume} --data_dir=other", 2)
     Path("new/ckpt.pt").unlink()   # nothing is left to resume, but best.pt is not overwritten
     assert "it is in new.1" in run(f"{resume} --steps=4")
 
