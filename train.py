@@ -7,7 +7,7 @@ Train a Transformer language model on the tokens that bpe.py wrote: on CPU, CUDA
     $ python train.py --compare=out/a,out/b                      # draw the losses of several runs, train nothing
     $ torchrun --nproc_per_node=8 train.py --max_minutes=90      # on eight GPUs, for 90 minutes
 
-    step 1,000 of 1,000: loss 3.046, validation 3.972, lr 3.0e-05, norm 0.67, 11,497 tokens/s, 0:00 left
+    step 1,000 of 1,000: loss 3.046, validation 3.972, lr 3.0e-05, norm 0.67, 11,497 tokens/s, 0:00:00 left
 
 Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (where the run stands),
 best.pt (the weights with the lowest validation loss so far), log.csv (a row per logged step), curves.svg (the losses
@@ -28,7 +28,6 @@ import ctypes
 import datetime
 import glob
 import html
-import itertools
 import json
 import math
 import signal
@@ -106,25 +105,24 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
-def load_tokens(path, token_bytes, context_length):
-    """The token ids of a .bin file as a read-only array on disk (numpy memmap), their CRC-32, and the mean length of a
-    token in bytes. token_bytes (V): the length of each entry of the vocabulary.
+def load_tokens(path, vocab_size, context_length):
+    """The token ids of a .bin file as a read-only array on disk (numpy memmap), and their CRC-32.
 
     The ids are uint16, or uint32 for a vocabulary of more than 65,536 tokens. Raises InputError (a ValueError) if the
     file ends inside a token, is too short for one context and the token after it, or holds an id beyond the vocabulary.
     """
-    kind = np.dtype("<u2" if len(token_bytes) <= 2 ** 16 else "<u4")
+    kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
     size = os.path.getsize(path)
     if size % kind.itemsize or size <= context_length * kind.itemsize:
         raise InputError(f"{path} is too short, cut, or made for another vocabulary: its {size} bytes must be a whole "
                          f"number of {kind.itemsize}-byte tokens, {context_length + 1} or more")
-    tokens, crc, total = np.memmap(path, kind, "r"), 0, 0
-    for part in np.array_split(tokens, len(tokens) // 2 ** 22 + 1):   # the file may exceed the memory
-        if part.max() >= len(token_bytes):
-            raise InputError(f"{path} holds the token {part.max()}, but the vocabulary ends at "
-                             f"{len(token_bytes) - 1}: encode the text with this vocabulary")
-        crc, total = zlib.crc32(part, crc), total + int(token_bytes[part].sum())
-    return tokens, crc, total / len(tokens)
+    tokens, crc = np.memmap(path, kind, "r"), 0
+    for part in np.array_split(tokens, size // 2 ** 23 + 1):   # the file may exceed the memory, and is read once
+        crc = zlib.crc32(part, crc)
+        if part.max() >= vocab_size:
+            raise InputError(f"{path} holds the token {part.max()}, but the vocabulary ends at {vocab_size - 1}: "
+                             "encode the text with this vocabulary")
+    return tokens, crc
 
 
 def windows(dataset, starts, context_length, device):
@@ -133,7 +131,7 @@ def windows(dataset, starts, context_length, device):
     """
     tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)].astype(np.int64)   # (B, T + 1)
     tokens = torch.from_numpy(tokens)
-    if torch.device(device).type == "cuda":
+    if "cuda" in str(device):
         tokens = tokens.pin_memory()   # such a copy runs while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
@@ -156,7 +154,7 @@ def generator_of_step(seed, step):
     """The random generator of one step's batch. What a step sees depends on (seed, step) alone,
     so a resumed run needs no random state.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+    return torch.Generator().manual_seed(np.random.SeedSequence([seed, step]).generate_state(1).item())
 
 
 # ------------------------------------------------------------------------------------------------ schedule and clipping
@@ -266,13 +264,13 @@ def orthogonalise(matrices, dtype=torch.float32):
     """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T,
     with singular values above 0.004 |S| brought between 0.7 and 1.3. dtype: of the products.
     """
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices   # the wide form, for the smaller Gram matrix
-    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+    if matrices.size(-2) > matrices.size(-1):
+        return orthogonalise(matrices.mT, dtype).mT   # the wide form has the smaller Gram matrix
+    x = (matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)).to(dtype)
     for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return x
 
 
 # With --shard=True parameters, gradients and moments are torch's DTensors, of which each process holds a part.
@@ -392,9 +390,10 @@ def load_checkpoint(src, model, optimizer):
     saved = src if isinstance(src, dict) else read_checkpoint(src, "optimizer", "iteration")
     parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
-    states = {i: {name: spread(tensor, ordered[i]) for name, tensor in state.items()}
-              for i, state in saved["optimizer"]["state"].items()}
-    optimizer.load_state_dict({**saved["optimizer"], "state": states})
+    for i, state in saved["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            state[name] = spread(tensor, ordered[i])
+    optimizer.load_state_dict(saved["optimizer"])
     return saved["iteration"]
 
 
@@ -481,7 +480,7 @@ def write_log(log):
 
 def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
-    rows = list(itertools.chain(*logs.values()))
+    rows = [row for log in logs.values() for row in log]
     losses = [row[kind] for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
     # nine tenths of all losses: the plunge of the first steps would flatten the rest, and leaves through the top
     low, high = min(losses) - 0.05, np.quantile(losses, 0.9) + 0.05
@@ -534,10 +533,10 @@ def compare_runs():
     """
     logs, runs = {}, {}
     for pattern in compare.split(","):
-        found = [folder for folder in sorted(glob.glob(pattern)) if os.path.exists(f"{folder}/ckpt.pt")]
+        found = sorted(glob.glob(f"{pattern}/ckpt.pt"))
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
-        for folder in found:
-            saved = read_checkpoint(f"{folder}/ckpt.pt", "config", "log", "best")
+        for path in found:
+            saved, folder = read_checkpoint(path, "config", "log", "best"), os.path.dirname(path)
             config, logs[folder] = saved["config"], saved["log"]
             runs[folder] = {"run": folder, **config, "reached": summary(saved["log"], saved["best"], config)}
     require(any(logs.values()), f"--compare={compare}: no evaluation yet")
@@ -650,15 +649,15 @@ def load_data(saved, parent):
     require(not parent or parent[1].file_contents() == tables,
             f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
             f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
-    token_bytes = np.array([len(token) for _, token in sorted(tokenizer.vocab.items())])
-    (train_tokens, train_crc, _), (val_tokens, val_crc, val_bytes) = (
-        load_tokens(f"{data_dir}/{name}.bin", token_bytes, context_length) for name in ("train", "val"))
+    (train_tokens, train_crc), (val_tokens, val_crc) = (
+        load_tokens(f"{data_dir}/{name}.bin", len(tokenizer.vocab), context_length) for name in ("train", "val"))
     require(eval_batches * batch_size <= len(val_tokens), f"--eval_batches={eval_batches} of {batch_size} sequences "
             f"are more places than the {len(val_tokens):,} tokens of {data_dir}/val.bin have")
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    return tokenizer, train_tokens, val_tokens, check_sums, val_bytes
+    token_bytes = np.array([len(token) for _, token in sorted(tokenizer.vocab.items())])
+    return tokenizer, train_tokens, val_tokens, check_sums, token_bytes[val_tokens].mean().item()
 
 
 def build(vocab_size, chip, precision, parent):
@@ -686,20 +685,21 @@ def prepare_folder(config, tokenizer, log, resumed):
     """Lay down the files of a run that begins or is resumed in out_dir. An older run is first moved into out_dir.1, or
     the next free number.
     """
-    here = Path(out_dir).resolve()
-    old = [name for name in RESULTS if (here / name).exists()]
+    here, number = os.path.realpath(out_dir), 1
+    old = [name for name in RESULTS if os.path.exists(f"{here}/{name}")]
     if old and not resumed:
-        aside = next(path for i in itertools.count(1) if not (path := here.with_name(f"{here.name}.{i}")).exists())
-        aside.mkdir()
+        while os.path.exists(f"{here}.{number}"):
+            number += 1
+        os.mkdir(f"{here}.{number}")
         for name in old:
-            (here / name).rename(aside / name)
-        print(f"{out_dir} held a run: it is in {aside.name} now")
+            os.rename(f"{here}/{name}", f"{here}.{number}/{name}")
+        print(f"{out_dir} held a run: it is in {os.path.basename(here)}.{number} now")
     elif resumed and len(old) < len(RESULTS):
         print(f"{out_dir} has no {', '.join(name for name in RESULTS if name not in old)}: "
               f"written anew, as far as ckpt.pt and {data_dir} tell")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
-    write_text(here / "config.json", json.dumps(config, indent=1) + "\n")
+    write_text(f"{here}/config.json", json.dumps(config, indent=1) + "\n")
     tokenizer.save(here)
 
 
@@ -733,7 +733,7 @@ def keep_freed_memory():
 
 def evaluate(model, tokens, parts, chip):
     """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
-    starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size).astype(np.int64)
+    starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size, dtype=int)
     # The gradient stays on, though nobody asks for it:
     # under no_grad torch.compile would compile the model a second time.
     losses = [model.loss(*windows(tokens, batch[part], context_length, chip)).detach()
