@@ -24,6 +24,7 @@ STARTED = time.perf_counter()  # before torch, whose import takes seconds of wha
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Of many processes, those that are left when one has failed would each print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+import csv
 import ctypes
 import datetime
 import glob
@@ -473,9 +474,11 @@ def write_text(path, text):
 
 
 def write_log(log):
-    """Write log.csv anew. log: the rows, dicts of one number for each column, or None for an empty cell."""
-    lines = [",".join("" if value is None else str(value) for value in row.values()) for row in log]
-    write_text(f"{out_dir}/log.csv", "\n".join([",".join(log[0]), *lines, ""]))
+    """Write log.csv anew. log: its rows, dicts of one number for each column; None becomes an empty cell."""
+    with replacing(f"{out_dir}/log.csv") as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, log[0], lineterminator="\n")   # on every platform
+        table.writeheader()
+        table.writerows(log)
 
 
 def draw_curves(logs, path):
@@ -574,10 +577,11 @@ def adopt_runs(config):
     where its weights are not wanted.
     """
     saved = parent = None
-    if resume and os.path.exists(f"{out_dir}/ckpt.pt"):
-        saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "log", "best")
     if resume:
-        known = dict(saved["config"]) if saved else {}
+        known = {}
+        if os.path.exists(f"{out_dir}/ckpt.pt"):
+            saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "best", "seconds", "warmup")
+            known.update(saved["config"])
         with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
             known.update(json.loads(Path(out_dir, "config.json").read_bytes()))
         # not out_dir: the folder may have another name by now
@@ -920,11 +924,11 @@ def main():
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
+        if not caught:
+            sys.stdout.flush()
+            os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
     if caught:
         raise caught[0]
-    if PROCESSES > 1:
-        sys.stdout.flush()
-        os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
 
 
 if __name__ == "__main__":
