@@ -375,7 +375,7 @@ def read_checkpoint(src, *names):
         saved = torch.load(src, map_location="cpu", weights_only=True)
         if missing := {"model", *names} - saved.keys():
             raise ValueError(f"it lacks {min(missing)}")
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:   # torch, pickle and zipfile have many ways to say that a file is foreign
         raise InputError(f"{src} is damaged, or is not the checkpoint that is wanted ({str(error)[:99]})") from None
@@ -481,6 +481,21 @@ def write_log(log):
         table.writerows(log)
 
 
+def read_run(folder):
+    """The rows of a run's log.csv, as write_log took them, and its constants, a dict. A last row that was cut off is
+    left out. Raises InputError (a ValueError) where a number is missing or not finite.
+    """
+    try:
+        with open(f"{folder}/log.csv", newline="", encoding="utf-8") as file:
+            log = [{name: float(cell) if cell or name != "val_loss" else None for name, cell in row.items()}
+                   for row in csv.DictReader(file) if row["tokens_per_second"]]
+        if not log or not all(math.isfinite(value or 0) for row in log for value in row.values()):
+            raise ValueError("no rows of finite numbers")
+        return log, dict(json.loads(Path(folder, "config.json").read_bytes()))
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"{folder}/log.csv or {folder}/config.json was not written by train.py: {error}") from None
+
+
 def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
     rows = [row for log in logs.values() for row in log]
@@ -518,33 +533,33 @@ def summary(log, best, config):
     """What a run has reached, as one line. best: the lowest validation loss and its step; bits per byte are the figure
     that compares runs with different tokenizers.
     """
-    last = next((row for row in reversed(log) if row["val_loss"]), None)
-    if not last:
+    evaluated = [row for row in log if row["val_loss"]]
+    if not evaluated:
         return "no evaluation yet"
-    loss, (best_loss, best_step) = last["val_loss"], best
+    last, (best_loss, best_step) = evaluated[-1], best
+    loss = last["val_loss"]
     bits, best_bits = (nats / math.log(2) / config["val_bytes_per_token"] for nats in (loss, best_loss))
     better = best_step < last["step"]
-    return (f"{last['tokens']:,} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
-            f"{f' (best {best_loss:.4f} at step {best_step:,}, in best.pt)' * better}, "
+    return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
+            f"{f' (best {best_loss:.4f} at step {best_step:,.0f}, in best.pt)' * better}, "
             f"perplexity {math.exp(min(loss, 700)):.1f}, "
             f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * better}")
 
 
 def compare_runs():
-    """Draw the runs that --compare names, up to their checkpoints, into out_dir/compare.svg, and print what they have
-    reached beside the constants in which they differ.
+    """Draw the runs that --compare names into out_dir/compare.svg, and print what they have reached beside the
+    constants in which they differ.
     """
     logs, runs = {}, {}
     for pattern in compare.split(","):
-        found = sorted(glob.glob(f"{pattern}/ckpt.pt"))
+        found = sorted(glob.glob(f"{pattern}/log.csv"))
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
-        for path in found:
-            saved, folder = read_checkpoint(path, "config", "log", "best"), os.path.dirname(path)
-            config, logs[folder] = saved["config"], saved["log"]
-            runs[folder] = {"run": folder, **config, "reached": summary(saved["log"], saved["best"], config)}
-    require(any(logs.values()), f"--compare={compare}: no evaluation yet")
-    differing = [name for name in config
-                 if name not in MAY_CHANGE and len({str(run.get(name)) for run in runs.values()}) > 1]
+        for folder in map(os.path.dirname, found):
+            log, config = read_run(folder)
+            best = min([(row["val_loss"], row["step"]) for row in log if row["val_loss"]], default=(math.nan, 0))
+            logs[folder], runs[folder] = log, {"run": folder, **config, "reached": summary(log, best, config)}
+    differing = [name for name in config if name not in (*MAY_CHANGE, "val_bytes_per_token")
+                 and len({str(run.get(name)) for run in runs.values()}) > 1]
     columns = ["run", *differing, "reached"]
     table = [columns, *([str(run.get(name)) for name in columns] for run in runs.values())]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -817,7 +832,7 @@ def main():
 
     with only_run_in(out_dir) if RANK == 0 else nullcontext():
         # the run: a new one, or where the checkpoint stands
-        # log: the rows of log.csv; best: the lowest validation loss and its step; earlier: seconds before it was resumed
+        # log: the rows of log.csv; best: the lowest validation loss and its step; earlier: seconds of the run so far
         step, log, best, earlier, warmup = 0, [], (math.inf, 0), 0.0, warmup_steps
         if saved:
             step, log = load_checkpoint(saved, model, rule), saved["log"]
