@@ -474,7 +474,7 @@ def write_text(path, text):
 
 
 def write_log(log):
-    """Write log.csv anew. log: its rows, dicts of one number for each column; None becomes an empty cell."""
+    """Write log.csv anew, whole or not at all. log: its rows, dicts from columns to numbers; None: an empty cell."""
     with replacing(f"{out_dir}/log.csv") as temporary, open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, log[0], lineterminator="\n")   # on every platform
         table.writeheader()
@@ -539,9 +539,9 @@ def summary(log, best, config):
     last, (best_loss, best_step) = evaluated[-1], best
     loss = last["val_loss"]
     bits, best_bits = (nats / math.log(2) / config["val_bytes_per_token"] for nats in (loss, best_loss))
-    better = best_step < last["step"]
+    better, path = best_step < last["step"], f"{config['out_dir']}/best.pt"
     return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
-            f"{f' (best {best_loss:.4f} at step {best_step:,.0f}, in best.pt)' * better}, "
+            f"{f' (best {best_loss:.4f} at step {best_step:,.0f}, in {path})' * better}, "
             f"perplexity {math.exp(min(loss, 700)):.1f}, "
             f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * better}")
 
