@@ -28,7 +28,6 @@ import heapq
 import json
 import mmap
 import multiprocessing
-import operator
 import os
 import random
 import re
@@ -57,10 +56,9 @@ num_processes = 0                  # worker processes; 0: one for each core
 
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt, unless --data names a file
 BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
-SHORT = 15         # bytes of the longest word that distinct_words handles as two numbers
 TOGETHER = 2048    # new words that are merged together
 LONG = 1 << 13     # bytes above which Tokenizer.replay merges a word
-CACHE = 1 << 26    # bytes of words and token ids that a tokenizer remembers
+CACHE = 3 << 24    # bytes of words whose token ids a tokenizer remembers
 NEVER = 2 ** 31 - 1                                # the rank of a pair that no merge joins
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
@@ -79,8 +77,7 @@ def special_pattern(specials):
 
     Raises InputError for an empty one.
     """
-    if b"" in specials:
-        raise InputError("a special token is empty text, which matches everywhere: leave it out")
+    require(b"" not in specials, "a special token is empty text, which matches everywhere: leave it out")
     longest_first = sorted(specials, key=len, reverse=True) or [b"\xff"]   # a byte that UTF-8 never has: no match
     return re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")")
 
@@ -153,8 +150,8 @@ def plain_encode(word, merges):
 
 # ----------------------------------------------------------------------------------------- 3. pre-tokens at array speed
 
-# the kinds of character that the pattern tells apart, and those of a special token
-SPACE, LETTER, DIGIT, OTHER, SPECIAL = range(5)
+# the kinds of character that the pattern tells apart; from SPECIAL on, those of special tokens
+OTHER, SPACE, LETTER, DIGIT, SPECIAL = range(5)
 
 
 @cache
@@ -163,9 +160,9 @@ def kind_of_code_point():
 
     All beyond are OTHER.
     """
-    kinds = np.full(0x40000, OTHER, np.uint8)
+    kinds = np.zeros(0x40000, np.uint8)
     for run in regex.finditer(r"(\s+)|(\p{L}+)|(\p{N}+)", "".join(map(chr, range(0x40000)))):
-        kinds[run.start():run.end()] = (SPACE, LETTER, DIGIT)[run.lastindex - 1]
+        kinds[run.start():run.end()] = run.lastindex   # the group that matched: 1 is SPACE, and so on
     return kinds
 
 
@@ -174,10 +171,9 @@ def kind_of_byte(text):
     byte = np.frombuffer(text, np.uint8)
     kinds = kind_of_code_point()[:256][byte]
     if not text.isascii():
-        wide = text.translate(None, bytes(range(128))).decode()   # the characters beyond ASCII
-        points = np.frombuffer(wide.encode("utf-32-le"), np.uint32)
-        sizes = 2 + (points > 0x7FF) + (points > 0xFFFF)          # bytes of each in UTF-8
-        kinds[byte > 127] = np.repeat(kind_of_code_point()[np.minimum(points, 0x3FFFF)], sizes)
+        wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
+        points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
+        kinds[byte > 127] = kind_of_code_point()[np.minimum(points, 0x3FFFF)][np.cumsum(wide >= 0xC0) - 1]
     return kinds
 
 
@@ -187,9 +183,7 @@ def changes(values):
     >>> changes(np.array([5, 5, 7])).tolist()
     [True, False, True]
     """
-    differs = np.ones(len(values), bool)
-    differs[1:] = values[1:] != values[:-1]
-    return differs
+    return np.append(True, values[1:] != values[:-1])[:len(values)]
 
 
 def pretokenise(text, special):
@@ -210,27 +204,25 @@ def pretokenise(text, special):
     """
     byte = np.frombuffer(text + b"\0\0", np.uint8)   # two more, so that looking ahead stays inside
     kinds = np.append(kind_of_byte(text), np.uint8([SPECIAL, SPECIAL]))
-    spans = [match.span() for match in special.finditer(text)]
-    for start, stop in spans:
-        kinds[start:stop] = SPECIAL
+    for i, match in enumerate(special.finditer(text)):
+        kinds[match.start():match.end()] = SPECIAL + i % 2   # so that two in a row differ
 
-    # 1. A word begins where the kind of character changes, and so does every special token.
+    # 1. A word begins where the kind changes.
     begins = changes(kinds)
-    begins[[start for start, _ in spans]] = True
 
     # 2. White space before a word (not before a special token or the end): its last character joins the word if it is a
     # space, else it is a word by itself.
-    last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] != SPECIAL))   # its last byte
+    last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] < SPECIAL))   # its last byte
     begins[last + 1] = byte[last] != ord(" ")
     for _ in range(2):   # U+00A0, U+3000 and others have two or three bytes: go back to the first one
         last = last - (byte[last] & 0xC0 == 0x80)
     begins[last] = True
 
-    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them. (Their
-    # kinds are tested because they may belong to a special token.)
+    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them (unless a
+    # special token has some of these bytes).
     spans = [match.span() for match in CONTRACTION.finditer(text)]
     starts, stops = np.array(spans, np.intp).reshape(-1, 2).T
-    holds = begins[starts] & (kinds[starts] == OTHER) & (kinds[starts + 1] == LETTER) & (kinds[stops - 1] == LETTER)
+    holds = begins[starts] & (kinds[[starts, starts + 1, stops - 1]] < SPECIAL).all(axis=0)
     begins[starts[holds] + 1] = False
     begins[stops[holds]] = True
 
@@ -242,12 +234,6 @@ def pretokenise(text, special):
 # A text repeats its words: a megabyte of English has 220,000 words, of which 15,000 are distinct. Training counts these
 # and encoding looks them up. Making Python objects of all 220,000 first would take twice as long.
 
-# distinct_words takes a word as two numbers of eight bytes. These masks clear the bytes after a word of n bytes:
-# (2, SHORT + 2). The last column, for longer words, clears everything.
-MASKS = np.array([[256 ** min(n, 8) - 1 for n in range(SHORT + 1)] + [0],
-                  [256 ** max(n - 8, 0) - 1 for n in range(SHORT + 1)] + [0]], np.uint64)
-
-
 def distinct_words(text, special):
     """The distinct words of a text (list[bytes]) and, for each of its words, the index in that list, (W,).
 
@@ -258,18 +244,20 @@ def distinct_words(text, special):
     A word may come more than once in the list, which costs only time. Long words come once for each occurrence.
     """
     places, lengths = pretokenise(text, special)
-    # A word as two numbers: its bytes, then zeros, and its length in the last byte. For a long word, its place.
-    eight = np.ndarray(len(text) + 9, "<u8", text + bytes(16), strides=(1,))   # eight[p] is text[p:p + 8] as a number
-    size, long = np.minimum(lengths, SHORT + 1), lengths > SHORT
-    low = eight[places] & MASKS[0][size]
-    high = eight[places + 8] & MASKS[1][size] | size.astype(np.uint64) << 56
-    low[long] = places[long]
-    # Sort by a hash of both, so that equal words become neighbours. The word's index replaces the lowest bits of the
-    # hash: then np.sort does the work of np.argsort in a fifth of the time.
-    bits = len(places).bit_length()
+    long = lengths > 15
+    # A row of 16 bytes for each word: its own, then zeros, and in the last byte its length. The view has a row at every
+    # byte of the text, without a copy.
+    rows = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))[places].view(np.uint8).reshape(-1, 16)  # (W, 16)
+    size = np.minimum(lengths, 16)
+    rows *= np.tri(17, 16, -1, np.uint8)[size]   # row n of this triangle is n ones, then zeros
+    rows[:, 15] = size
+    low, high = rows.view("<u8").T   # the row as two numbers
+    low[long] = places[long]         # a long word differs from all others
+    # Sort by the upper half of a hash, so that equal words become neighbours. The lower half is the word's index: then
+    # np.sort does the work of np.argsort in a third of the time.
     hashes = low * 0x9E3779B97F4A7C15 ^ high * 0xC2B2AE3D27D4EB4F
-    keys = np.sort(hashes >> bits << bits | np.arange(len(places), dtype=np.uint64))
-    order = (keys & (1 << bits) - 1).astype(np.intp)
+    keys = np.sort(hashes >> 32 << 32 | np.arange(len(places), dtype=np.uint64))
+    order = (keys & 0xFFFFFFFF).astype(np.intp)
     # Neighbours are compared exactly. If two words share a hash, they may alternate: then a word is listed more than
     # once, but never wrongly.
     first = changes(low[order]) | changes(high[order])
@@ -328,14 +316,12 @@ def pieces(text, cut, size, start, stop):
         start = end
 
 
-@contextmanager
 def mapped(path):
     """A file as an mmap, which reads like bytes: the system loads only the pages that are looked at."""
     with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
+        if not file.peek():
             raise InputError(f"{path} is empty: name a file with text in it")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            yield text
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def read_utf8(path, start, stop):
@@ -400,7 +386,7 @@ def in_parallel(function, tasks, num_processes):
         raise ChildProcessError("a worker process died, perhaps for lack of memory: try --num_processes=1") from None
 
 
-SECONDS = {}   # how long each phase of the work took, for the report
+SECONDS = Counter()   # how long each phase of the work took, for the report
 
 
 @contextmanager
@@ -408,7 +394,7 @@ def phase(name):
     """Add the time that the block takes to SECONDS."""
     begin = time.perf_counter()
     yield
-    SECONDS[name] = SECONDS.get(name, 0) + time.perf_counter() - begin
+    SECONDS[name] += time.perf_counter() - begin
     progress(" " * 40)
 
 
@@ -431,21 +417,19 @@ def in_blocks(name, function, path, cut, start, stop, num_processes):
 # ---------------------------------------------------------------------------------------------------------- 6. training
 
 def count_block(special, block):
-    """How often each distinct word occurs in one block of a file, a Counter. Special tokens count as words here."""
+    """The words of one block of a file, a list, and how often each occurs there. Special tokens count as words here."""
     words, index = distinct_words(read_utf8(*block)[0], special)
-    counts = Counter()
-    for word, count in zip(words, np.bincount(index).tolist()):
-        counts[word] += count
-    return counts
+    return words, np.bincount(index).tolist()
 
 
 def count_words(path, specials, stop, num_processes):
-    """How often each distinct word occurs in the first `stop` bytes of a file, a Counter."""
-    count, counts = partial(count_block, special_pattern(specials)), Counter()
+    """How often each distinct word occurs in the first `stop` bytes of a file, dict[bytes, int]."""
+    count, counts = partial(count_block, special_pattern(specials)), defaultdict(int)
     for part in in_blocks("counting words", count, path, cut_pattern(specials), 0, stop, num_processes):
-        counts.update(part)
+        for word, occurs in zip(*part):
+            counts[word] += occurs
     for token in specials:
-        del counts[token]   # a Counter allows it for what it does not hold
+        counts.pop(token, None)
     return counts
 
 
@@ -464,45 +448,52 @@ class Segmentation:
     and its left neighbour ends at cell 1. So a merge needs no list of links, and many places can be merged at once.
     """
 
-    def __init__(self, words, lengths):
-        """words: bytes objects, UTF-8. lengths (tokens,): the bytes of each token. Tokens 0..255 are the bytes."""
-        self.lengths = lengths
-        self.first = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8).astype(np.int32)
-        self.first[self.first == 0xFF] = -1   # UTF-8 never has this byte: it marks the gaps
+    def __init__(self, words, ids, lengths):
+        """words: bytes objects, UTF-8. ids (256,): the token of each byte, -1 for 0xFF, which marks the gaps, as UTF-8
+        never has it. lengths: the bytes of each token, and at the end a 1, which stands for token -1.
+        """
+        self.first = ids[np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)]
         self.last = self.first.copy()
+        self.lengths = lengths
 
     def begins(self):
         """The cells where a token begins."""
         return np.flatnonzero(self.first >= 0)
 
     def pairs(self, places):
-        """The tokens that begin at these places, each with its right neighbour: left << 32 | right, or -1 for none."""
+        """The pair that begins at each of these places, a token and its right neighbour: left << 32 | right.
+
+        Negative where no pair begins.
+        """
         left = self.first[places].astype(np.int64)
         return left << 32 | self.first[places + self.lengths[left]]   # anything | -1 is -1
 
-    def ids_of_words(self, ids):
-        """The ids of each word's tokens, a list of bytes objects that hold numbers; ids (tokens,): the id of each."""
-        there = self.first >= 0
-        raw = ids[self.first[there]].tobytes()
-        stops = (np.cumsum(there)[self.last < 0] * ids.itemsize).tolist()   # the bytes of it before each gap
-        return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
+    def group_by_pair(self, places):
+        """The distinct pairs at these places, and the places sorted by pair: those of pair i stand between bounds[i]
+        and bounds[i + 1]. Returns pairs, bounds, places.
+        """
+        pairs = self.pairs(places)
+        order = pairs.argsort()[(pairs < 0).sum():]
+        pairs = pairs[order]
+        starts = np.flatnonzero(changes(pairs))
+        return pairs[starts], np.append(starts, len(pairs)), places[order]
 
-    def still_there(self, left, right, places):
-        """Those of the places where the pair left, right still begins."""
-        places = places[self.first[places] == left]
-        return places[self.first[places + self.lengths[left]] == right]
+    def ids_of_words(self, dtype):
+        """The ids of each word's tokens, a list of bytes objects that hold numbers of this type."""
+        there = self.first >= 0
+        raw = self.first[there].astype(dtype).tobytes()
+        stops = (np.cumsum(there)[self.last < 0] * dtype.itemsize).tolist()   # the bytes of it before each gap
+        return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def merge(self, new, places):
         """Put the token `new` where its left part begins: a number, or an array like places, which must not overlap.
 
-        Afterwards new pairs begin there, and at the left neighbours: returns these places.
+        Afterwards new pairs begin there, and at the left neighbours: returns these places (of a gap, its own cell).
         """
         self.first[places + self.lengths[self.first[places]]] = -1   # the right part
         self.first[places] = new
         self.last[places + self.lengths[new] - 1] = new
-        before = self.last[places - 1]
-        inside = before >= 0
-        return places[inside] - self.lengths[before[inside]]
+        return places - self.lengths[self.last[places - 1]]
 
     def merge_all(self, left, right, new, places):
         """merge all the pairs left, right at these places, which may overlap: of x x x x, the pairs at 0 and 2.
@@ -510,37 +501,14 @@ class Segmentation:
         Returns all places where new pairs begin.
         """
         if left == right:
-            places, number = np.sort(places), np.arange(len(places))
-            starts = changes(places - self.lengths[left] * number)         # constant in a row of equal tokens
-            row = np.maximum.accumulate(np.where(starts, number, 0))       # the number at which its row starts
-            places = places[(number - row) % 2 == 0]
+            apart, end = [], 0
+            for place in np.sort(places).tolist():
+                if place >= end:
+                    apart.append(place)
+                    end = place + int(self.lengths[new])
+            places = np.array(apart, np.intp)
         before = self.merge(new, places)
         return np.concatenate((places, before[self.first[before] != new]))   # one that is `new` is in places
-
-
-def group_by_pair(pairs, places):
-    """Sort places by the pairs there, without those that have none (-1).
-
-    Returns the distinct pairs, where each one's places start and stop, and the places.
-    """
-    order = pairs.argsort()[(pairs < 0).sum():]
-    pairs = pairs[order]
-    starts = changes(pairs).nonzero()[0]
-    return pairs[starts], starts, [*starts[1:], len(pairs)], places[order]
-
-
-class Corpus(Segmentation):
-    """All distinct words of a text in single bytes, and how often each word occurs: counts, dict[bytes, int]."""
-
-    def __init__(self, counts, num_merges):
-        super().__init__(counts, np.ones(256 + num_merges, np.intp))
-        self.count = np.fromiter(counts.values(), np.int64)            # (words,)
-        self.word_of = np.cumsum(self.first < 0, dtype=np.int32) - 1   # (N,) the index of each cell's word
-
-    def count_pairs(self, places):
-        """How often each distinct pair at these places occurs in the text, and what group_by_pair returns."""
-        pairs, starts, stops, places = group_by_pair(self.pairs(places), places)
-        return np.add.reduceat(self.count[self.word_of[places]], starts), pairs, starts, stops, places
 
 
 def learn_merges(counts, num_merges):
@@ -555,15 +523,13 @@ def learn_merges(counts, num_merges):
     - merge_pair in each word: one Segmentation.merge_all.
     """
     num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
-    corpus = Corpus(counts, num_merges)
+    corpus = Segmentation(counts, np.int32([*range(255), -1]), np.ones(257 + num_merges, np.intp))
+    # how often the word of each cell occurs, (N - 1,)
+    weight = np.repeat(np.fromiter(counts.values(), np.int64), [len(word) + 1 for word in counts])
     del counts   # from here on the arrays have it all, in a fifth of the memory
     vocab, merges, heap, floor = list(BYTES), [], [], 0
     # For each token a string that sorts in the opposite order of its bytes. The mark at its end puts b"ab" before b"a".
     descending = [chr(255 - byte) + "\u0100" for byte in range(256)]
-
-    def push(occurs, left, right, places):
-        if occurs >= floor:
-            heapq.heappush(heap, (-occurs, descending[left] + descending[right], left, right, places))
 
     with phase("merging pairs"):
         while len(merges) < num_merges and (heap or floor != 1):
@@ -571,22 +537,22 @@ def learn_merges(counts, num_merges):
                 floor, places = 0, corpus.begins()
             else:
                 bound, _, left, right, places = heapq.heappop(heap)
-                places = corpus.still_there(left, right, places)
-                occurs = int(corpus.count[corpus.word_of[places]].sum())
-                if occurs < -bound:
-                    push(occurs, left, right, places)
-                    continue
-                new = len(vocab)
-                merges.append((vocab[left], vocab[right]))
-                vocab.append(vocab[left] + vocab[right])
-                descending.append(descending[left][:-1] + descending[right])
-                corpus.lengths[new] = len(vocab[new])
-                places = corpus.merge_all(left, right, new, places)
-                progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
-            occurs, pairs, starts, stops, places = corpus.count_pairs(places)
+                places = places[corpus.pairs(places) == left << 32 | right]
+                if weight[places].sum() == -bound:   # it has lost no place: it is the most frequent pair
+                    new = len(vocab)
+                    merges.append((vocab[left], vocab[right]))
+                    vocab.append(vocab[left] + vocab[right])
+                    descending.append(descending[left][:-1] + descending[right])
+                    corpus.lengths[new] = len(vocab[new])
+                    places = corpus.merge_all(left, right, new, places)
+                    progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
+            pairs, bounds, places = corpus.group_by_pair(places)
+            occurs = np.add.reduceat(weight[places], bounds[:-1])
             floor = floor or max(1, int(occurs.max(initial=0)) // 8)
-            for i in (occurs >= floor).nonzero()[0].tolist():
-                push(int(occurs[i]), *divmod(int(pairs[i]), 1 << 32), places[starts[i]:stops[i]])
+            for i in np.flatnonzero(occurs >= floor).tolist():
+                left, right = divmod(int(pairs[i]), 1 << 32)
+                heapq.heappush(heap, (-int(occurs[i]), descending[left] + descending[right], left, right,
+                                      places[bounds[i]:bounds[i + 1]]))
     return merges
 
 
@@ -600,12 +566,13 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     Raises InputError (a ValueError) for a vocab_size without room for bytes and special tokens, an empty special token
     or an empty file; OSError for a file that cannot be read.
     """
-    specials = list(dict.fromkeys(map(utf8, special_tokens)))
-    appended = [token for token in specials if token not in BYTES]
-    if vocab_size < 256 + len(appended):
-        raise InputError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(appended)} special tokens")
-    stop = os.path.getsize(input_path) if stop is None else stop
-    merges = learn_merges(count_words(input_path, specials, stop, num_processes), vocab_size - 256 - len(appended))
+    specials = [*map(utf8, special_tokens)]
+    appended = [*dict.fromkeys(BYTES + specials)][256:]   # each once, without single bytes
+    num_merges = vocab_size - 256 - len(appended)
+    require(num_merges >= 0, f"vocab_size={vocab_size}: choose {256 + len(appended)} or more, "
+                             f"for 256 bytes and {len(appended)} special tokens")
+    stop = stop or os.path.getsize(input_path)
+    merges = learn_merges(count_words(input_path, specials, stop, num_processes), num_merges)
     return dict(enumerate(BYTES + [left + right for left, right in merges] + appended)), merges
 
 
@@ -613,37 +580,27 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
 
 # GPT-2 writes a byte as one visible character: itself if it is one in Latin-1, else the next of U+0100, U+0101, ...
 # (a space is U+0120).
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
-CHARACTER = {**{byte: chr(byte) for byte in VISIBLE}, **{byte: chr(256 + i) for i, byte in enumerate(OTHERS)}}
-BYTE = {character: byte for byte, character in CHARACTER.items()}
+OTHERS = iter(map(chr, range(0x100, 0x200)))
+CHARACTERS = [chr(byte) if chr(byte).isprintable() and byte != ord(" ") else next(OTHERS) for byte in range(256)]
 
 
 def to_visible(token):
     """The visible form of a token's bytes.
 
-    >>> to_visible(b" the") == "\u0120the" and from_visible("\u0120the") == b" the"
+    >>> to_visible(b" the") == "\u0120the"
     True
     """
-    return "".join(CHARACTER[byte] for byte in token)
-
-
-def from_visible(text):
-    """The bytes of a token from its visible form."""
-    return bytes([BYTE[character] for character in text])
+    return "".join([CHARACTERS[byte] for byte in token])
 
 
 def made_by(merges):
-    """All tokens that are bytes or made by a merge, in order: dict of token -> number, the bytes being 0..255.
-
-    Raises InputError if the merges are out of order.
-    """
-    made, used = {token: byte for byte, token in enumerate(BYTES)}, set()   # used: the parts of merges, and the merges
+    """All tokens that are bytes or made by a merge, a set. Raises InputError if the merges are out of order."""
+    made, used = {*BYTES}, set()   # used: the parts of merges, and the merges
     for left, right in merges:
-        if not {left, right} <= made.keys() or {left + right, (left, right)} & used:
+        if not {left, right} <= made or {left + right, (left, right)} & used:
             raise InputError(f"the merge of {left!r} and {right!r} is out of order: its parts must be bytes or made "
                              "before it, what it makes must not be in use already, and no merge may come twice")
-        made.setdefault(left + right, len(made))
+        made.add(left + right)
         used |= {left, right, (left, right)}
     return made
 
@@ -657,9 +614,9 @@ def gather(encoded, index, dtype):
     """
     pool = np.frombuffer(b"".join(encoded), dtype)
     sizes = np.fromiter(map(len, encoded), np.intp) // dtype.itemsize
-    begins = np.cumsum(sizes) - sizes                      # where each distinct word's ids begin in the pool
-    begins, sizes = begins[index], sizes[index]            # (W,) the same of each word of the text
-    shift = begins - (np.cumsum(sizes) - sizes)            # from a word's place among the ids to that in the pool
+    stops = np.cumsum(sizes)                     # where each distinct word's ids end in the pool
+    sizes = sizes[index]                         # (W,) of each word of the text
+    shift = stops[index] - np.cumsum(sizes)      # from a word's place among the ids to that in the pool
     return pool[np.arange(sizes.sum()) + np.repeat(shift, sizes)]
 
 
@@ -678,28 +635,26 @@ class Tokenizer:
         if wrong := {*range(len(self.vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
             raise InputError(f"{len(self.vocab)} tokens must have the ids 0 to {len(self.vocab) - 1} and all differ: "
                              f"{min(wrong)} is missing, too large, or the id of a token that stands twice")
-        if missing := self.ordinary.keys() - ids.keys():
+        if missing := self.ordinary - ids.keys():
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
-            require(token.isascii() or not BYTE.keys() >= {*token},
+            require(token.isascii() or not {*CHARACTERS} >= {*token},
                     f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
                     "look whether the merges.txt that it comes with is cut short")
         self.vocab.update({number: token for token, number in ids.items()})
 
-        # Inside, tokens have the numbers that made_by gives them. A merge is three of them: its left part, its right
-        # part, and the whole. The row is its rank.
-        triples = [[self.ordinary[token] for token in (left, right, left + right)] for left, right in self.merges]
+        # A merge is three ids: of its left part, its right part, and the whole. Its row is its rank.
+        triples = [[ids[token] for token in (left, right, left + right)] for left, right in self.merges]
         self.triples = np.array(triples, np.int64).reshape(-1, 3)
         self.pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # above all pairs
-        self.sorted_ranks = np.argsort(self.pairs)
-        self.sorted_pairs = self.pairs[self.sorted_ranks]
-        self.lengths = np.array([*map(len, self.ordinary)])
-        self.dtype = np.dtype("<u2" if len(self.vocab) <= 65536 else "<u4")
-        self.ids = np.array([ids[token] for token in self.ordinary], self.dtype)
+        self.order = np.argsort(self.pairs)
+        self.lengths = np.array([len(self.vocab[number]) for number in range(len(ids))] + [1])
+        self.ids_of_bytes = np.int32([ids[byte] for byte in BYTES[:-1]] + [-1])
+        self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
         self.special_ids = {token: self.dtype.type(ids[token]).tobytes() for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
-        # word: its token ids, as bytes; and how many bytes all these are
+        # word: its token ids, as bytes; and how many bytes all these words have
         self.cache, self.cached = dict(self.special_ids), 0
 
     @classmethod
@@ -711,18 +666,18 @@ class Tokenizer:
         """
         try:
             table = dict(json.loads(Path(vocab_filepath).read_text(encoding="utf-8")))
-            table = {text: operator.index(number) for text, number in table.items()}
-            lines = Path(merges_filepath).read_text(encoding="utf-8").split("\n")
-            merges = [line.split(" ") for line in lines[lines[0].startswith("#version"):] if line]
-            for parts in merges:
-                if len(parts) != 2 or not BYTE.keys() >= {*"".join(parts)}:
-                    raise ValueError(f"the merge {' '.join(parts)!r} is not two tokens with a space between them")
-            made = {*BYTE, *map("".join, merges)}
+            tokens, merges = dict(zip(CHARACTERS, BYTES)), []
+            for line in Path(merges_filepath).read_text(encoding="utf-8").split("\n"):
+                if line and not line.startswith("#version"):
+                    parts = line.split(" ")
+                    if len(parts) != 2 or not tokens.keys() >= {*parts}:
+                        raise ValueError(f"the merge {line!r} is not two tokens, bytes or made before it, and a space")
+                    merges.append(tuple(tokens[part] for part in parts))
+                    tokens["".join(parts)] = b"".join(merges[-1])
             # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
-            vocab = {number: from_visible(text) if text in made else utf8(text) for text, number in table.items()}
-            specials = sorted(table.keys() - made, key=table.get) if every_special else []
-            return cls(vocab, [(from_visible(left), from_visible(right)) for left, right in merges],
-                       [*(special_tokens or ()), *specials])
+            vocab = {number: tokens.get(text) or utf8(text) for text, number in table.items()}
+            specials = sorted(table.keys() - tokens.keys(), key=table.get) if every_special else []
+            return cls(vocab, merges, [*(special_tokens or ()), *specials])
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
 
@@ -736,7 +691,7 @@ class Tokenizer:
         table = {to_visible(token) if token in self.ordinary else token.decode(): number
                  for number, token in sorted(self.vocab.items())}
         lines = [f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges]
-        return json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()
+        return [json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()]
 
     def save(self, folder):
         """Write vocab.json and merges.txt into a folder: see replacing_together in section 8."""
@@ -745,13 +700,8 @@ class Tokenizer:
             for path, content in zip(temporaries, self.file_contents()):
                 path.write_bytes(content)
 
-    def rank(self, pairs):
-        """The rank of pairs left << 32 | right: their place in the order of merges, or NEVER."""
-        found = np.searchsorted(self.sorted_pairs, pairs)
-        return np.where(self.sorted_pairs[found] == pairs, self.sorted_ranks[found], NEVER)
-
-    def merge_words(self, words):
-        """plain_encode for many words (list[bytes]) at once: {word: its token ids, as bytes of self.dtype}.
+    def merge_words(self, corpus):
+        """plain_encode for many words at once, a Segmentation into bytes.
 
         In each round every word's pair of lowest rank is merged; of several such pairs, the leftmost. (One at a time
         gives the same as all of them, because the pairs that a merge makes rank higher: see made_by.) Rank and place
@@ -766,49 +716,49 @@ class Tokenizer:
 
         One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
         """
-        corpus = Segmentation(words, self.lengths)
-        gaps = np.flatnonzero(corpus.last < 0)
-        begins, ends, places = gaps[:-1] + 1, gaps[1:], corpus.begins()
         key = np.full(len(corpus.first), NEVER << 32)   # of the pair that begins at a cell: rank << 32 | cell
-        key[places] = self.rank(corpus.pairs(places)) << 32 | places
-        while len(begins):
-            best = np.minimum.reduceat(key, np.stack((begins, ends), axis=1).ravel())[::2]   # not the rest
+        gaps = np.flatnonzero(corpus.last < 0)          # those before words that are not done
+        changed = corpus.begins()
+        while len(gaps):
+            pairs = corpus.pairs(changed)
+            ranks = self.order[np.searchsorted(self.pairs, pairs, sorter=self.order)]
+            key[changed] = np.where(self.pairs[ranks] == pairs, ranks, NEVER) << 32 | changed
+            best = np.minimum.reduceat(key, gaps)       # from gap to gap: words that are done have no rank
             mergeable = best < NEVER << 32
-            begins, ends, best = begins[mergeable], ends[mergeable], best[mergeable]
+            gaps, best = gaps[mergeable], best[mergeable]
             places, (left, _, new) = best & 0xFFFFFFFF, self.triples[best >> 32].T
             key[places + self.lengths[left]] = NEVER << 32
             changed = np.concatenate((places, corpus.merge(new, places)))
-            key[changed] = self.rank(corpus.pairs(changed)) << 32 | changed
-        return dict(zip(words, corpus.ids_of_words(self.ids)))
 
-    def replay(self, words):
+    def replay(self, corpus):
         """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
 
         This is O(n log n), where one minimum for each merge is O(n^2). But it takes 10 ms even for a short word.
         """
-        corpus, places_of = Segmentation(words, self.lengths), defaultdict(list)
+        places_of = defaultdict(list)
 
         def note(places):
-            pairs, starts, stops, places = group_by_pair(corpus.pairs(places), places)
-            for pair, start, stop in zip(pairs.tolist(), starts, stops):
+            pairs, bounds, places = corpus.group_by_pair(places)
+            for pair, start, stop in zip(pairs.tolist(), bounds, bounds[1:]):
                 places_of[pair].append(places[start:stop])
 
         note(corpus.begins())
         for pair, triple in zip(self.pairs.tolist(), self.triples.tolist()):
             if pair in places_of:   # the pairs that it makes have higher ranks: see made_by
-                places = corpus.still_there(*triple[:2], np.concatenate(places_of.pop(pair)))
-                note(corpus.merge_all(*triple, places))
-        return dict(zip(words, corpus.ids_of_words(self.ids)))
+                places = np.concatenate(places_of.pop(pair))
+                note(corpus.merge_all(*triple, places[corpus.pairs(places) == pair]))
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype."""
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
         new = sorted({word for word in words if word not in self.cache}, key=len)   # of like length: like many rounds
-        for group in (new[i:i + TOGETHER] for i in range(0, len(new), TOGETHER)):
-            merge_group = self.merge_words if len(group[-1]) <= LONG else self.replay
-            self.cache.update(merge_group(group))
-        self.cached += sum(len(word) + len(self.cache[word]) for word in new)
+        for i in range(0, len(new), TOGETHER):
+            group = new[i:i + TOGETHER]
+            corpus = Segmentation(group, self.ids_of_bytes, self.lengths)
+            (self.merge_words if len(group[-1]) <= LONG else self.replay)(corpus)
+            self.cache.update(zip(group, corpus.ids_of_words(self.dtype)))
+        self.cached += sum(map(len, new))
         return [self.cache[word] for word in words]
 
     def encode(self, text):
@@ -891,40 +841,32 @@ def require(holds, message):
         raise UsageError(message)
 
 
-def flag_type(default):
-    """A function that reads a flag's text as a value of the default's type; argparse shows what it raises."""
-    def read(text):
-        try:
-            value = {"True": True, "False": False}[text] if isinstance(default, bool) else type(default)(text)
-            if isinstance(value, str) or abs(value) < 2 ** 63:   # nan is not
-                return value
-        except (KeyError, ValueError):
-            pass
-        wanted = {bool: "True or False", int: "a whole number below 2**63", float: "a finite number below 2**63"}
-        raise argparse.ArgumentTypeError(f"{text!r}: wants {wanted[type(default)]}, such as {default}")
-    return read
+def true_or_false(text):
+    """The value of a flag that is True or False; argparse shows the name of this function if it is neither."""
+    return bool(["False", "True"].index(text))
 
 
-def configure(constants, arguments=None):
+def configure(constants):
     """Override a script's module-level constants from its command line; return them all as a dict.
 
     constants: the script's globals(), changed in place. Its flags are the lines `name = value  # comment` at the top of
-    its source. `--name=value` or `--name value`, or --help. arguments: sys.argv[1:] if None. A wrong flag ends the
-    script with a line on stderr and status 2.
+    its source. `--name=value` or `--name value`, or --help. A wrong flag ends the script with a line on stderr and
+    status 2.
     """
-    source = Path(constants["__file__"]).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^([a-z]\w*) = .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description=constants["__doc__"], allow_abbrev=False,
                                      usage="%(prog)s [--flag=value ...]; --help lists the flags",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, comment in comments.items():
-        parser.add_argument(f"--{name}", default=constants[name], type=flag_type(constants[name]),
-                            metavar=str(constants[name]), help=comment.replace("%", "%%"))
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    for i, word in enumerate(words):   # join "--lr -1e-3": argparse would take the value for a flag
-        if word[2:] in comments and words[i + 1:] and not words[i + 1].startswith("--"):
-            words[i:i + 2] = [f"{word}={words[i + 1]}"]
+    source = Path(constants["__file__"]).read_text(encoding="utf-8")
+    for name, comment in re.findall(r"^([a-z]\w*) = .*?  # (.*)$", source, re.MULTILINE):
+        default = constants[name]
+        parser.add_argument(f"--{name}", default=default, metavar=str(default), help=comment.replace("%", "%%"),
+                            type=true_or_false if isinstance(default, bool) else type(default))
+    # Join `--lr -1e-3` to `--lr=-1e-3`: argparse would take the value for a flag.
+    words = re.sub(r"(\0--\w+)\0(?!--)", r"\1=", "\0".join(sys.argv)).split("\0")[1:]
     flags = vars(parser.parse_args(words))
+    for name, value in flags.items():
+        if not isinstance(value, str) and not abs(value) < 2 ** 63:   # nan is not
+            parser.error(f"argument --{name}: {value} is not a finite number below 2**63")
     constants.update(flags)
     return flags
 
@@ -1071,12 +1013,12 @@ def start_of_held_out(path, specials):
     size = os.path.getsize(path)
     with mapped(path) as text:
         place = cut_pattern(specials).search(text, size - min(size // 20, 10_000_000))   # in no special token
-        if not place:
-            raise InputError(f"{path}: found no place near the end to hold out text for validation; "
-                             "name a file with --val_data")
-        tail = text[place.start():]
-    ends = (match.end() for match in special_pattern(specials).finditer(tail) if match[0] in specials[:1])
-    return place.start() + next((end for end in ends if end < len(tail.rstrip())), 0)   # some text must follow
+        require(place, f"--data={path}: found no place near the end to hold out text for validation; "
+                       "name a file with --val_data")
+        for match in special_pattern(specials).finditer(text, place.start()):
+            if match[0] in specials[:1] and text[match.end():].strip():   # some text must follow
+                return match.end()
+        return place.start()
 
 
 def peak_memory():
@@ -1096,12 +1038,12 @@ def check_flags():
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data and not os.path.isfile(val_data):
         raise FileNotFoundError(f"--val_data={val_data!r}: no file has this name")
-    specials = list(dict.fromkeys(token for token in special_tokens.split(",") if token))
-    require(vocab_size >= 256 + len(specials), f"--vocab_size={vocab_size}: choose {256 + len(specials)} or more, "
-                                               f"for 256 bytes and {len(specials)} special tokens")
-    for token in specials:
-        require(len(utf8(token)) > 1, f"--special_tokens: {token!r} is a single byte, which is a token already")
-    Tokenizer(dict(enumerate(BYTES)), [], specials)   # refuses others
+    specials = [token for token in dict.fromkeys(special_tokens.split(",")) if token]
+    least = len(Tokenizer(dict(enumerate(BYTES)), [], specials).vocab)   # refuses what cannot be a special token
+    require(least == 256 + len(specials),
+            f"--special_tokens={special_tokens!r}: one of them is a single byte, which is a token already")
+    require(vocab_size >= least,
+            f"--vocab_size={vocab_size}: choose {least} or more, for 256 bytes and {len(specials)} special tokens")
     corpus = Path(data_dir) / "corpus.txt"
     require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
             f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
@@ -1122,12 +1064,11 @@ def main():
         train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in specials])
         if not tokenizer_dir:
             tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
-        tables = dict(zip([folder / name for name in OUTPUTS], tokenizer.file_contents()))
-        if all(path.exists() and path.read_bytes() == content for path, content in tables.items()):
-            tables = {}   # the ids of the older run have the same meaning
-        outputs = *tables, folder / "train.bin", folder / "val.bin"
-        with replacing_together(*outputs) as (*tables_tmp, train_bin, val_bin):
-            for path, content in zip(tables_tmp, tables.values()):
+        contents, tables = tokenizer.file_contents(), [folder / name for name in OUTPUTS[:2]]
+        if [path.read_bytes() for path in tables if path.exists()] == contents:
+            tables = []   # the ids of the older run have the same meaning
+        with replacing_together(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
+            for path, content in zip(tables_tmp, contents):
                 path.write_bytes(content)
             train_tokens, malformed = tokenizer.encode_part(text, 0, train_stop, train_bin, num_processes)
             speed = train_stop / 1e6 / SECONDS["encoding"]

@@ -210,7 +210,7 @@ def tokens_in(content, vocab_size):
 @pytest.mark.parametrize("call, message", [
     (lambda: tokenizer().decode([999]), "none with id 999"),
     (lambda: tokenizer(specials=[""]), "empty text"),
-    (lambda: train_bpe(__file__, 256, [END]), "no room for 256 bytes and 1 special tokens"),
+    (lambda: train_bpe(__file__, 256, [END]), "choose 257 or more, for 256 bytes and 1 special tokens"),
     (lambda: tokenizer([(b" ", b"t")], ["\u0120t"], [b" t"]).save("."), "choose another"),
     (lambda: small_model(num_heads=5), "d_model=32 cannot be split into num_heads=5"),
     (lambda: small_model(num_heads=32), "must be even"),
@@ -242,7 +242,7 @@ merges.txt    #version: 0.2                   merges.txt.*'\u0120a'
 merges.txt    a b c                           merges.txt.*'a b c' is not two tokens
 merges.txt    a \u3000                        merges.txt.*is not two tokens
 merges.txt    \u0120 a/a b                    merges.txt.*lacks b'ab'
-merges.txt    \u0120 a/a bc                   merges.txt.*b'a' and b'bc' is out of order
+merges.txt    \u0120 a/a bc                   merges.txt.*'a bc' is not two tokens
 merges.txt    \u0120 a/\u0120 a               merges.txt.*out of order
 merges.txt    a b/b c/a bc/abc ab/ab c/\u0120 a  merges.txt.*b'ab' and b'c' is out of order
 """   # the last one: of abcabc, is it ab c that comes first, or abc ab?
@@ -261,9 +261,9 @@ def test_a_broken_tokenizer_is_refused_by_the_name_of_its_file(line):
 REFUSED = """
 bpe.py --help                                           0  worker processes; 0: one for each core
 bpe.py --vocab_size=300 --vocab_size=256                2  --vocab_size=256: choose 257
-bpe.py --vocab_size=1e3                                 2  a whole number
-bpe.py --vocab_size=                                    2  a whole number
-bpe.py --vocab_size=9223372036854775808                 2  a whole number
+bpe.py --vocab_size=1e3                                 2  invalid int value
+bpe.py --vocab_size=                                    2  invalid int value
+bpe.py --vocab_size=9223372036854775808                 2  --vocab_size: 9223372036854775808
 bpe.py --num_processes -1                               2  --num_processes=-1
 bpe.py --data_dir=                                      2  --data_dir
 bpe.py --vocab=300                                      2  --vocab
@@ -299,7 +299,7 @@ train.py --shard=True                                   2  --shard=True
 train.py --out_dir=                                     2  --out_dir
 train.py --out_dir=data                                 2  name two folders
 train.py --steps=1e3                                    2  --steps
-train.py --post_norm=yes                                2  True or False
+train.py --post_norm=yes                                2  invalid true_or_false value: 'yes'
 train.py --eval_batches=1000000000000                   2  --eval_batches=1000000000000
 train.py --data_dir=nowhere                             1  nowhere
 train.py --init_from=nowhere                            1  nowhere
