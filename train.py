@@ -832,7 +832,7 @@ def main():
 
     with only_run_in(out_dir) if RANK == 0 else nullcontext():
         # the run: a new one, or where the checkpoint stands
-        # log: the rows of log.csv; best: the lowest validation loss and its step; earlier: seconds of the run so far
+        # log: the rows of log.csv; best: the lowest validation loss and its step; earlier: seconds before this start
         step, log, best, earlier, warmup = 0, [], (math.inf, 0), 0.0, warmup_steps
         if saved:
             step, log = load_checkpoint(saved, model, rule), saved["log"]
