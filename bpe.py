@@ -218,8 +218,8 @@ def pretokenise(text, special):
         last = last - (byte[last] & 0xC0 == 0x80)
     begins[last] = True
 
-    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them (unless a
-    # special token has some of these bytes).
+    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them. (Not
+    # where a special token has some of these bytes.)
     spans = [match.span() for match in CONTRACTION.finditer(text)]
     starts, stops = np.array(spans, np.intp).reshape(-1, 2).T
     holds = begins[starts] & (kinds[[starts, starts + 1, stops - 1]] < SPECIAL).all(axis=0)
@@ -245,9 +245,9 @@ def distinct_words(text, special):
     """
     places, lengths = pretokenise(text, special)
     long = lengths > 15
-    # A row of 16 bytes for each word: its own, then zeros, and in the last byte its length. The view has a row at every
-    # byte of the text, without a copy.
-    rows = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))[places].view(np.uint8).reshape(-1, 16)  # (W, 16)
+    # A row of 16 bytes for each word: its own bytes, then zeros, and in the last byte its length, at most 16.
+    at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: nothing is copied
+    rows = at_each_byte[places].view(np.uint8).reshape(-1, 16)                    # (W, 16)
     size = np.minimum(lengths, 16)
     rows *= np.tri(17, 16, -1, np.uint8)[size]   # row n of this triangle is n ones, then zeros
     rows[:, 15] = size
@@ -469,8 +469,9 @@ class Segmentation:
         return left << 32 | self.first[places + self.lengths[left]]   # anything | -1 is -1
 
     def group_by_pair(self, places):
-        """The distinct pairs at these places, and the places sorted by pair: those of pair i stand between bounds[i]
-        and bounds[i + 1]. Returns pairs, bounds, places.
+        """The distinct pairs at these places, their bounds, and the places sorted by pair, without those of no pair.
+
+        The places of pair i are places[bounds[i]:bounds[i + 1]].
         """
         pairs = self.pairs(places)
         order = pairs.argsort()[(pairs < 0).sum():]
@@ -511,6 +512,11 @@ class Segmentation:
         return np.concatenate((places, before[self.first[before] != new]))   # one that is `new` is in places
 
 
+def weight_of_cells(counts):
+    """How often the word of each cell occurs, in a Segmentation of the words of counts (dict[bytes, int])."""
+    return np.repeat(np.fromiter(counts.values(), np.int64), [len(word) + 1 for word in counts])
+
+
 def learn_merges(counts, num_merges):
     """plain_train, many places at a time. What it does in each round, and what is done here instead:
 
@@ -524,9 +530,8 @@ def learn_merges(counts, num_merges):
     """
     num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
     corpus = Segmentation(counts, np.int32([*range(255), -1]), np.ones(257 + num_merges, np.intp))
-    # how often the word of each cell occurs, (N - 1,)
-    weight = np.repeat(np.fromiter(counts.values(), np.int64), [len(word) + 1 for word in counts])
-    del counts   # from here on the arrays have it all, in a fifth of the memory
+    weight = weight_of_cells(counts)
+    del counts   # from here on the arrays have it all
     vocab, merges, heap, floor = list(BYTES), [], [], 0
     # For each token a string that sorts in the opposite order of its bytes. The mark at its end puts b"ab" before b"a".
     descending = [chr(255 - byte) + "\u0100" for byte in range(256)]
@@ -536,16 +541,20 @@ def learn_merges(counts, num_merges):
             if not heap:
                 floor, places = 0, corpus.begins()
             else:
-                bound, _, left, right, places = heapq.heappop(heap)
+                bound, descends, left, right, places = heapq.heappop(heap)
                 places = places[corpus.pairs(places) == left << 32 | right]
-                if weight[places].sum() == -bound:   # it has lost no place: it is the most frequent pair
-                    new = len(vocab)
-                    merges.append((vocab[left], vocab[right]))
-                    vocab.append(vocab[left] + vocab[right])
-                    descending.append(descending[left][:-1] + descending[right])
-                    corpus.lengths[new] = len(vocab[new])
-                    places = corpus.merge_all(left, right, new, places)
-                    progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
+                occurs = int(weight[places].sum())
+                if occurs < -bound:
+                    if occurs >= floor:
+                        heapq.heappush(heap, (-occurs, descends, left, right, places))
+                    continue
+                new = len(vocab)
+                merges.append((vocab[left], vocab[right]))
+                vocab.append(vocab[left] + vocab[right])
+                descending.append(descending[left][:-1] + descending[right])
+                corpus.lengths[new] = len(vocab[new])
+                places = corpus.merge_all(left, right, new, places)
+                progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
             pairs, bounds, places = corpus.group_by_pair(places)
             occurs = np.add.reduceat(weight[places], bounds[:-1])
             floor = floor or max(1, int(occurs.max(initial=0)) // 8)
@@ -647,8 +656,9 @@ class Tokenizer:
         # A merge is three ids: of its left part, its right part, and the whole. Its row is its rank.
         triples = [[ids[token] for token in (left, right, left + right)] for left, right in self.merges]
         self.triples = np.array(triples, np.int64).reshape(-1, 3)
-        self.pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # above all pairs
-        self.order = np.argsort(self.pairs)
+        pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # the last is above all pairs
+        self.ranks = np.argsort(pairs)
+        self.pairs = pairs[self.ranks]   # sorted
         self.lengths = np.array([len(self.vocab[number]) for number in range(len(ids))] + [1])
         self.ids_of_bytes = np.int32([ids[byte] for byte in BYTES[:-1]] + [-1])
         self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
@@ -666,7 +676,7 @@ class Tokenizer:
         """
         try:
             table = dict(json.loads(Path(vocab_filepath).read_text(encoding="utf-8")))
-            tokens, merges = dict(zip(CHARACTERS, BYTES)), []
+            tokens, merges = dict(zip(CHARACTERS, BYTES)), []   # tokens: of each visible form that is met, the bytes
             for line in Path(merges_filepath).read_text(encoding="utf-8").split("\n"):
                 if line and not line.startswith("#version"):
                     parts = line.split(" ")
@@ -701,7 +711,7 @@ class Tokenizer:
                 path.write_bytes(content)
 
     def merge_words(self, corpus):
-        """plain_encode for many words at once, a Segmentation into bytes.
+        """plain_encode for many words at once. corpus: their Segmentation, into bytes at first, which changes in place.
 
         In each round every word's pair of lowest rank is merged; of several such pairs, the leftmost. (One at a time
         gives the same as all of them, because the pairs that a merge makes rank higher: see made_by.) Rank and place
@@ -721,8 +731,8 @@ class Tokenizer:
         changed = corpus.begins()
         while len(gaps):
             pairs = corpus.pairs(changed)
-            ranks = self.order[np.searchsorted(self.pairs, pairs, sorter=self.order)]
-            key[changed] = np.where(self.pairs[ranks] == pairs, ranks, NEVER) << 32 | changed
+            found = np.searchsorted(self.pairs, pairs)
+            key[changed] = np.where(self.pairs[found] == pairs, self.ranks[found], NEVER) << 32 | changed
             best = np.minimum.reduceat(key, gaps)       # from gap to gap: words that are done have no rank
             mergeable = best < NEVER << 32
             gaps, best = gaps[mergeable], best[mergeable]
@@ -743,10 +753,11 @@ class Tokenizer:
                 places_of[pair].append(places[start:stop])
 
         note(corpus.begins())
-        for pair, triple in zip(self.pairs.tolist(), self.triples.tolist()):
-            if pair in places_of:   # the pairs that it makes have higher ranks: see made_by
+        for left, right, new in self.triples.tolist():
+            pair = left << 32 | right
+            if pair in places_of:   # the pairs that this merge makes have higher ranks: see made_by
                 places = np.concatenate(places_of.pop(pair))
-                note(corpus.merge_all(*triple, places[corpus.pairs(places) == pair]))
+                note(corpus.merge_all(left, right, new, places[corpus.pairs(places) == pair]))
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype."""

@@ -11,18 +11,18 @@ Train a Transformer language model on the tokens that bpe.py wrote: on CPU, CUDA
 
 Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (where the run stands),
 best.pt (the weights with the lowest validation loss so far), log.csv (a row per logged step), curves.svg (the losses
-over steps and over seconds), config.json (the constants) and the tokenizer, so that sample.py needs only this folder.
-Checkpoints are written at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP, a closed pipe or a full disk
-under log.csv ends the run early.
+over steps and over seconds), config.json (the constants) and a copy of the tokenizer. sample.py needs this folder only.
+Checkpoints are written before the first step, at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP, a
+closed pipe or a full disk under log.csv ends the training early.
 """
 import os
 import time
-STARTED = time.perf_counter()  # before torch, whose import takes seconds of what --max_minutes grants
+STARTED = time.perf_counter()  # before torch is imported: those seconds count towards --max_minutes
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
-# from a second run: two runs on two cores then do half of what one does alone. Now they sleep after 10,000 turns, and
-# two runs do 83 % of it. (After 1,000: all of it, but a run alone is 10 % slower.)
+# from a second run: two runs on two cores then train half as many tokens together as one run alone. Threads that sleep
+# after 10,000 turns make this 83 %. (After 1,000 turns it is 100 %, but a run alone is 10 % slower.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Of many processes, those that are left when one has failed would each print 16 lines about the lost connection.
+# If one of several processes fails, each of the others would print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
 import ctypes
@@ -68,13 +68,13 @@ rope = True             # False: no positions at all (NoPE)
 swiglu = True           # False: ungated feed-forward networks w2(silu(w1 x))
 tie_embeddings = False  # one matrix for the token embeddings and the output head
 # learning
-residual_gain = 1.0     # times the initial output matrices of each block: below 1, it starts close to the identity
+residual_gain = 1.0     # factor of each block's initial output matrices; below 1, a block starts close to the identity
 optimizer = "adamw"     # adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest
 lr = 3e-3               # AdamW's peak learning rate
-embedding_scale = 1.0   # times lr for token embeddings, whose rows are seen rarely; Muon likes 30; tied ones take lr
+embedding_scale = 1.0   # the rate of the token embeddings, as a multiple of lr; 30 works well with Muon; not if tied
 muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in step with lr
 min_lr = 3e-5           # where lr ends
-warmup_steps = 50       # steps of linear warm-up from 0 to lr; a run shorter than twice this takes a tenth of its steps
+warmup_steps = 50       # steps of linear warm-up; a run of fewer than twice as many warms up over its first tenth
 beta1 = 0.9             # AdamW's memory of the mean gradient
 beta2 = 0.99            # AdamW's memory of the mean squared gradient; 0.95 forgets too fast for batches this small
 eps = 1e-8              # added to AdamW's denominator
@@ -86,12 +86,12 @@ grad_accum = 1          # parts that each process cuts its share of the batch in
 steps = 1000            # optimiser steps; the learning rate reaches min_lr at the last
 max_minutes = 0.0       # above 0: train for this many minutes of wall-clock time, all included, instead of for `steps`
 eval_interval = 250     # steps between evaluations; each ends with a checkpoint
-eval_batches = 16       # batches per evaluation, always the same ones, spread evenly over val.bin
+eval_batches = 16       # batches of batch_size sequences per evaluation: always the same, spread evenly over val.bin
 log_interval = 20       # steps between rows of log.csv; their losses are means over the steps since the row before
 seed = 0                # decides the initial weights and every batch
 # machine
 device = ""             # cpu, cuda, cuda:1 or mps; empty: the fastest at hand
-dtype = ""              # float32 (TF32 products on CUDA), or bfloat16 products; empty: bfloat16 where hardware has it
+dtype = ""              # of matrix products: float32 (TF32 on CUDA) or bfloat16; empty: bfloat16 where hardware has it
 compile = True          # fuse the model with torch.compile: less time per step, after some seconds of compilation
 shard = False           # with torchrun: spread weights and optimiser state over the processes, for large models
 
@@ -189,8 +189,8 @@ def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
 class Rule(torch.optim.Optimizer):
     """What SGD, AdamW and Muon share: a step calls update(p, g, state, ...) for every parameter p with a gradient g.
 
-    `state` (dict) is what the rule remembers of p. The rest are the options of p's group, such as lr, and t, the number
-    of this step, from 1; each rule names those that it needs.
+    `state` (dict) is what the rule remembers of p. The other arguments are the options of p's group, such as lr, and t,
+    which counts the steps from 1. Each rule names those that it uses.
     """
 
     def __init__(self, params, **options):
@@ -226,8 +226,8 @@ class AdamW(Rule):
     Raises ValueError for values out of range.
     """
 
-    # True: the four lines in torch's one kernel, which reads and writes every number once. At the handout's shape,
-    # on two cores, it takes 10 ms of a step of 700, and the lines 66.
+    # True: update calls torch's one kernel, which reads and writes every number once, instead of the four lines at its
+    # end. At the handout's shape, on two cores, the kernel takes 10 ms of a step of 700, and the lines 66.
     fused = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -254,16 +254,16 @@ class AdamW(Rule):
 # direction on which the gradients agree then gets a step of the same length, where otherwise a few large ones drown the
 # rest (Jordan et al. 2024). A singular value decomposition would be slow. Instead, polynomials a s + b s^3 + c s^5 of
 # the whole matrix, which take nothing but products, drive every singular value s towards 1. Below are the (a, b, c) of
-# each: the first is the nearest to 1 on [0.004, 1], each next one on what the one before makes of that interval,
-# widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four do what five equal ones did
-# (Jordan et al. 2024), in four fifths of the time.
+# each. The first polynomial is the best approximation of 1 on [0.004, 1]; each later one is the best on what those
+# before it make of that interval, widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four
+# do what five equal ones did (Jordan et al. 2024), in four fifths of the time.
 NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
                  (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
 
 def orthogonalise(matrices, dtype=torch.float32):
     """The nearest semi-orthogonal matrices, roughly: U S V^T (..., n, m) -> U V^T,
-    with singular values above 0.004 |S| brought between 0.7 and 1.3. dtype: of the products.
+    where singular values above 0.004 of the Frobenius norm end between 0.7 and 1.3. dtype: of the products.
     """
     if matrices.size(-2) > matrices.size(-1):
         return orthogonalise(matrices.mT, dtype).mT   # the wide form has the smaller Gram matrix
@@ -292,8 +292,8 @@ def spread(tensor, like):
 
 
 class Muon(AdamW):
-    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum
-    (Jordan et al. 2024).
+    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum, a tall one by
+    the root of its height over its width more (Jordan et al. 2024). Without such groups it is AdamW.
     """
 
     dtype = torch.float32   # of the products in orthogonalise
@@ -304,7 +304,7 @@ class Muon(AdamW):
         if not state:
             state["m"] = torch.zeros_like(p)
         m = state["m"].lerp_(g, 1 - momentum)
-        # Nesterov's form looks one step ahead: the mean of momentum and gradient rather than the momentum
+        # Nesterov's form, which looks one step ahead: momentum * m + (1 - momentum) * g rather than m
         move = orthogonalise(whole(g.lerp(m, momentum)), self.dtype)
         p.mul_(1 - lr * weight_decay)
         p.add_(spread(move, p), alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
@@ -313,7 +313,7 @@ class Muon(AdamW):
 def parameter_groups(model):
     """The parameters for AdamW or Muon: the blocks' matrices, the head, the gains, and the embeddings.
 
-    In every step the rate of a group is the schedule's times its `scale` (1 if it has none).
+    In every step, main sets the rate of a group to the schedule's times its `scale` (1 if it has none).
     """
     embeddings, head = model.token_embeddings.weight, model.lm_head.weight
     muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else {}
@@ -447,9 +447,8 @@ def shard_model(model, kind):
 
 @contextmanager
 def one_voice():
-    """Of many processes, let rank 0 print, and only one tell its error.
-
-    Each waits before it does, the lower ranks less. When the first one has ended, torchrun ends the others.
+    """Of several processes, let rank 0 print, and only one tell its error: a process that fails waits before it does,
+    the longer the higher its rank, and torchrun ends all others when the first one ends.
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -500,7 +499,7 @@ def draw_curves(logs, path):
     """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
     rows = [row for log in logs.values() for row in log]
     losses = [row[kind] for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
-    # nine tenths of all losses: the plunge of the first steps would flatten the rest, and leaves through the top
+    # up to the nine tenths of all losses: the steep fall of the first steps would flatten the rest
     low, high = min(losses) - 0.05, np.quantile(losses, 0.9) + 0.05
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 450" font-family="sans-serif" font-size="12">'
            '<style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>'
@@ -529,19 +528,19 @@ def duration(seconds):
     return datetime.timedelta(seconds=int(max(0, seconds)))
 
 
-def summary(log, best, config):
-    """What a run has reached, as one line. best: the lowest validation loss and its step; bits per byte are the figure
-    that compares runs with different tokenizers.
+def summary(log, best, bytes_per_token, folder):
+    """What the run in a folder has reached, as one line. best: the lowest validation loss and its step; bits per byte
+    are the figure that compares runs with different tokenizers.
     """
     evaluated = [row for row in log if row["val_loss"]]
     if not evaluated:
         return "no evaluation yet"
     last, (best_loss, best_step) = evaluated[-1], best
     loss = last["val_loss"]
-    bits, best_bits = (nats / math.log(2) / config["val_bytes_per_token"] for nats in (loss, best_loss))
-    better, path = best_step < last["step"], f"{config['out_dir']}/best.pt"
+    bits, best_bits = (nats / math.log(2) / bytes_per_token for nats in (loss, best_loss))
+    better = best_step < last["step"]
     return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
-            f"{f' (best {best_loss:.4f} at step {best_step:,.0f}, in {path})' * better}, "
+            f"{f' (best {best_loss:.4f} at step {best_step:,.0f}, in {folder}/best.pt)' * better}, "
             f"perplexity {math.exp(min(loss, 700)):.1f}, "
             f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * better}")
 
@@ -557,7 +556,8 @@ def compare_runs():
         for folder in map(os.path.dirname, found):
             log, config = read_run(folder)
             best = min([(row["val_loss"], row["step"]) for row in log if row["val_loss"]], default=(math.nan, 0))
-            logs[folder], runs[folder] = log, {"run": folder, **config, "reached": summary(log, best, config)}
+            reached = summary(log, best, config.get("val_bytes_per_token", math.nan), folder)
+            logs[folder], runs[folder] = log, {"run": folder, **config, "reached": reached}
     differing = [name for name in config if name not in (*MAY_CHANGE, "val_bytes_per_token")
                  and len({str(run.get(name)) for run in runs.values()}) > 1]
     columns = ["run", *differing, "reached"]
@@ -573,7 +573,7 @@ def compare_runs():
 # ---------------------------------------------------------------------------------------------------------------- a run
 
 def adopt(known, names, source, free=MAY_CHANGE):
-    """Take over these constants of another run, as flags that stand before those of the command line.
+    """Insert these constants of another run before the flags of the command line, which therefore win.
     Raises UsageError for a flag that contradicts one, unless it is free to change.
     """
     sys.argv[1:1] = [f"--{name}={known[name]}" for name in names]
@@ -675,7 +675,7 @@ def load_data(saved, parent):
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    token_bytes = np.array([len(token) for _, token in sorted(tokenizer.vocab.items())])
+    token_bytes = np.array([len(token) for _, token in sorted(tokenizer.vocab.items())], np.uint16)
     return tokenizer, train_tokens, val_tokens, check_sums, token_bytes[val_tokens].mean().item()
 
 
@@ -843,7 +843,7 @@ def main():
         if RANK == 0:
             prepare_folder(config, tokenizer, log, saved)
         saved = parent = None   # their weights take memory
-        # this process's rows of each batch, a row here for each part that goes through the model at once
+        # this process's sequences of each batch, by number: a row for each part that goes through the model at once
         parts = np.arange(batch_size).reshape(PROCESSES, grad_accum, -1)[RANK]   # (grad_accum, sequences)
 
         def clock():
@@ -897,7 +897,7 @@ def main():
             rule.step()
             rule.zero_grad()
 
-            # when one more step as long as this one would end, and whether any process is to stop
+            # when another step as long as this one would end, and whether any process has caught a signal or an error
             next_end, stop = largest(2 * clock() - begin, len(caught))
             horizon = horizon_at(next_end)   # with --max_minutes, the rate falls with the clock
             evaluating = step >= horizon or step % eval_interval == 0
@@ -930,12 +930,14 @@ def main():
             # save
             if evaluating or stop:
                 save(val_loss)
-            row_step, row_end = step, clock()   # evaluations do not count into the speed
+            row_step, row_end = step, clock()   # evaluations do not count into the speed, but into the time
+            horizon = min(horizon, horizon_at(*largest(row_end)))
 
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         else:
-            print(f"{summary(log, best, config)}; {out_dir}/curves.svg shows the curves")
+            curves = f"; {out_dir}/curves.svg shows the curves" * os.path.exists(f"{out_dir}/curves.svg")
+            print(summary(log, best, config["val_bytes_per_token"], out_dir) + curves)
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
