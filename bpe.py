@@ -514,7 +514,9 @@ class Segmentation:
 
 def weight_of_cells(counts):
     """How often the word of each cell occurs, in a Segmentation of the words of counts (dict[bytes, int])."""
-    return np.repeat(np.fromiter(counts.values(), np.int64), [len(word) + 1 for word in counts])
+    occurs = np.fromiter(counts.values(), np.int64)
+    small = occurs.astype(np.min_scalar_type(-occurs.max(initial=1)))   # mostly int32: half the memory
+    return np.repeat(small, [len(word) + 1 for word in counts])
 
 
 def learn_merges(counts, num_merges):
