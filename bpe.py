@@ -56,7 +56,7 @@ num_processes = 0                  # worker processes; 0: one for each core
 
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt, unless --data names a file
 BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
-TOGETHER = 2048    # new words that are merged together
+TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 1 << 13     # bytes above which Tokenizer.replay merges a word
 CACHE = 3 << 24    # bytes of words whose token ids a tokenizer remembers
 NEVER = 2 ** 31 - 1                                # the rank of a pair that no merge joins
@@ -280,17 +280,17 @@ def utf8(text):
 def cut_pattern(specials):
     """The compiled pattern of where UTF-8 may be cut without changing a token; it matches the character after the cut.
 
-    Inside a word, what stands before white space is white space, and what follows an ASCII letter or digit is of the
-    same kind.
-    So a text may be cut before white space that follows anything else, and after an ASCII letter or digit before an
-    ASCII character of another kind. No cut goes through what could be a special token: "<|end|>" has such a place.
+    Inside a word, white space follows only white space, and an ASCII letter or digit is followed only by a character of
+    its own kind. So a text may be cut before white space that follows anything else, and after an ASCII letter or digit
+    before an ASCII character of another kind. No cut goes through what could be a special token: "<|end|>" has such a
+    place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
     """
     # The character after the cut comes first, because the engine skips to it quickly. Then lookbehinds, which end with
-    # that character, check what stands before it. The last two lines: white space beyond ASCII ends in a byte that \S
-    # does not take for white space.
+    # that character, check what stands before it. The last two lines: to a pattern of bytes, white space beyond ASCII
+    # ends in no white space.
     place = (rb"[\s!-~](?:(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s])|(?<=\S\s)"
              rb"(?<!\xc2[\x85\xa0]\s)"
              rb"(?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s))")
@@ -334,7 +334,7 @@ def read_utf8(path, start, stop):
 
 
 def start_worker(function):
-    """Make `function` a worker's task: it may hold a whole tokenizer, and is sent once instead of with every task.
+    """Keep the function that this worker applies to every task: it may hold a whole tokenizer, so it is sent once.
 
     Workers leave Ctrl-C to the parent, and end when the parent does, even if it was killed.
     """
@@ -487,7 +487,7 @@ class Segmentation:
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def merge(self, new, places):
-        """Put the token `new` where its left part begins: a number, or an array like places, which must not overlap.
+        """Merge the pairs that begin at `places`, and do not overlap, into the token `new`: one, or one for each place.
 
         Afterwards new pairs begin there, and at the left neighbours: returns these places (of a gap, its own cell).
         """
@@ -497,7 +497,7 @@ class Segmentation:
         return places - self.lengths[self.last[places - 1]]
 
     def merge_all(self, left, right, new, places):
-        """merge all the pairs left, right at these places, which may overlap: of x x x x, the pairs at 0 and 2.
+        """merge all the pairs left, right at these places, which may overlap: of x x x x, those at 0 and 2.
 
         Returns all places where new pairs begin.
         """
@@ -509,7 +509,7 @@ class Segmentation:
                     end = place + int(self.lengths[new])
             places = np.array(apart, np.intp)
         before = self.merge(new, places)
-        return np.concatenate((places, before[self.first[before] != new]))   # one that is `new` is in places
+        return np.concatenate((places, before[self.first[before] != new]))   # a neighbour that is `new` is in places
 
 
 def weight_of_cells(counts):
@@ -522,7 +522,7 @@ def weight_of_cells(counts):
 def learn_merges(counts, num_merges):
     """plain_train, many places at a time. What it does in each round, and what is done here instead:
 
-    - Count all pairs: a pair is counted when a merge makes it. After that its count can only fall.
+    - It counts all pairs. Here a pair is counted when a merge makes it; after that its count can only fall.
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
       counted again; if it has lost places, it goes back with its true count.
     - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, as at the
@@ -573,7 +573,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     Ids: the 256 bytes, then the merges in order, then the special tokens (list[str]), which cut the text and are never
     merged. The result is plain_train's, and does not depend on num_processes (0: one for each core). The vocabulary
     stays smaller than vocab_size if the text runs out of pairs. Only the first `stop` bytes of the file count, where
-    given. Memory follows the distinct words.
+    given. Memory grows with the distinct words, not with the file.
     Raises InputError (a ValueError) for a vocab_size without room for bytes and special tokens, an empty special token
     or an empty file; OSError for a file that cannot be read.
     """
@@ -645,14 +645,14 @@ class Tokenizer:
         ids = {token: number for number, token in self.vocab.items()}
         if wrong := {*range(len(self.vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
             raise InputError(f"{len(self.vocab)} tokens must have the ids 0 to {len(self.vocab) - 1} and all differ: "
-                             f"{min(wrong)} is missing, too large, or the id of a token that stands twice")
+                             f"{min(wrong)} is missing, too large, or belongs to a token that is listed twice")
         if missing := self.ordinary - ids.keys():
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
             require(token.isascii() or not {*CHARACTERS} >= {*token},
                     f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
-                    "look whether the merges.txt that it comes with is cut short")
+                    "look whether its merges.txt is cut short")
         self.vocab.update({number: token for token, number in ids.items()})
 
         # A merge is three ids: of its left part, its right part, and the whole. Its row is its rank.
@@ -713,7 +713,7 @@ class Tokenizer:
                 path.write_bytes(content)
 
     def merge_words(self, corpus):
-        """plain_encode for many words at once. corpus: their Segmentation, into bytes at first, which changes in place.
+        """plain_encode for many words at once. corpus: their Segmentation into bytes; it is changed in place.
 
         In each round every word's pair of lowest rank is merged; of several such pairs, the leftmost. (One at a time
         gives the same as all of them, because the pairs that a merge makes rank higher: see made_by.) Rank and place
@@ -729,7 +729,7 @@ class Tokenizer:
         One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
         """
         key = np.full(len(corpus.first), NEVER << 32)   # of the pair that begins at a cell: rank << 32 | cell
-        gaps = np.flatnonzero(corpus.last < 0)          # those before words that are not done
+        gaps = np.flatnonzero(corpus.last < 0)          # before words that are not done, and the last one
         changed = corpus.begins()
         while len(gaps):
             pairs = corpus.pairs(changed)
@@ -745,7 +745,8 @@ class Tokenizer:
     def replay(self, corpus):
         """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
 
-        This is O(n log n), where one minimum for each merge is O(n^2). But it takes 10 ms even for a short word.
+        This takes O(n log n); merge_words, which looks through the word for each merge, O(n^2). But it takes 10 ms even
+        for a short word.
         """
         places_of = defaultdict(list)
 
@@ -878,7 +879,7 @@ def configure(constants):
     words = re.sub(r"(\0--\w+)\0(?!--)", r"\1=", "\0".join(sys.argv)).split("\0")[1:]
     flags = vars(parser.parse_args(words))
     for name, value in flags.items():
-        if not isinstance(value, str) and not abs(value) < 2 ** 63:   # nan is not
+        if not isinstance(value, str) and not abs(value) < 2 ** 63:   # nan fails this, too
             parser.error(f"argument --{name}: {value} is not a finite number below 2**63")
     constants.update(flags)
     return flags
@@ -906,7 +907,7 @@ def one_line_errors():
     except OSError as error:
         message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     except (InputError, MemoryError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):   # so torch says that an allocation failed
+        if isinstance(error, RuntimeError) and "memory" not in str(error):   # so torch reports a failed allocation
             raise
         message, status = str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1
     print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
@@ -917,8 +918,8 @@ def one_line_errors():
 def replacing_together(*paths):
     """Yield a list of temporary names, one beside each path. They replace the paths when the block ends without error.
 
-    Nobody sees half a file, and of several paths nobody sees new ones beside old ones: the first path is removed before
-    any other is replaced, and put in place last. A kill in between leaves the files without the first one.
+    Nobody sees half a file. Of several paths, the first is removed before any other is replaced, and put in place last:
+    while new files stand beside old ones, and after a kill at that moment, the first one is missing.
     """
     paths = [Path(path) for path in paths]
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
@@ -934,8 +935,9 @@ def replacing_together(*paths):
             paths[0].unlink(missing_ok=True)
         for temporary, path in [*zip(temporaries, paths)][::-1]:
             os.replace(temporary, path)
-    except OSError as error:   # a full disk does not say which file it could not take
-        error.filename = error.filename or " or ".join(map(str, paths))
+    except OSError as error:
+        if error.errno:   # a full disk does not say which file it could not take
+            error.filename = error.filename or " or ".join(map(str, paths))
         raise
     finally:
         for temporary in temporaries:
@@ -987,7 +989,7 @@ def collect(files, path, end):
     files = sorted(files)
     random.Random(0).shuffle(files)
     with replacing(path) as temporary, open(temporary, "wb") as corpus, phase("collecting"):
-        for done, name in enumerate(files):
+        for done, name in enumerate(files, 1):
             try:
                 with open(name, "rb") as document:
                     shutil.copyfileobj(document, corpus)
@@ -1002,19 +1004,19 @@ def real_paths(paths):
     return {Path(os.path.realpath(path)) for path in paths}
 
 
-def find_text(folder, end):
+def find_text(folder, document_end):
     """The file that --data names; or corpus.txt in `folder`, made of the files that match the pattern."""
     if os.path.isfile(data):
         return Path(data)
     files = real_paths(glob.glob(data, recursive=True) if data else standard_library())
-    own = files & real_paths(folder / name for name in (*OUTPUTS, "corpus.txt"))
+    own = files & real_paths(folder / (name + end) for name in (*OUTPUTS, "corpus.txt") for end in ("", ".tmp"))
     files = {path for path in files - own if path.is_file()}
     if own:
         print(f"note: left out, as this program writes them: {', '.join(sorted(map(str, own)))}", file=sys.stderr)
     if not files:
         raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
                                 "for all files of a folder, write 'folder/**/*'")
-    collect(files, folder / "corpus.txt", end)
+    collect(files, folder / "corpus.txt", document_end)
     return folder / "corpus.txt"
 
 
@@ -1049,8 +1051,8 @@ def check_flags():
     """Refuse flags that make no sense; return the special tokens."""
     require(data_dir, "--data_dir is empty: name a folder")
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
-    if val_data and not os.path.isfile(val_data):
-        raise FileNotFoundError(f"--val_data={val_data!r}: no file has this name")
+    if val_data and not (os.path.isfile(val_data) and os.path.getsize(val_data)):
+        raise FileNotFoundError(f"--val_data={val_data!r}: no file has this name, or it is empty")
     specials = [token for token in dict.fromkeys(special_tokens.split(",")) if token]
     least = len(Tokenizer(dict(enumerate(BYTES)), [], specials).vocab)   # refuses what cannot be a special token
     require(least == 256 + len(specials),
