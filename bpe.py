@@ -706,11 +706,8 @@ class Tokenizer:
         return [json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()]
 
     def save(self, folder):
-        """Write vocab.json and merges.txt into a folder: see replacing_together in section 8."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with replacing_together(Path(folder) / "vocab.json", Path(folder) / "merges.txt") as temporaries:
-            for path, content in zip(temporaries, self.file_contents()):
-                path.write_bytes(content)
+        """Write vocab.json and merges.txt into a folder: see write_together in section 8."""
+        write_together(folder, dict(zip(OUTPUTS, self.file_contents())))
 
     def merge_words(self, corpus):
         """plain_encode for many words at once. corpus: their Segmentation into bytes; it is changed in place.
@@ -949,6 +946,14 @@ def replacing(path):
     """Yield a temporary name beside `path`, which replaces it when the block ends without error."""
     with replacing_together(path) as (temporary,):
         yield temporary
+
+
+def write_together(folder, contents):
+    """Write the files of a folder, {name: bytes}, as replacing_together does. Makes the folder if it is not there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with replacing_together(*(Path(folder) / name for name in contents)) as temporaries:
+        for temporary, content in zip(temporaries, contents.values()):
+            temporary.write_bytes(content)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from bpe import configure, one_line_errors, replacing_together, require
+from bpe import configure, one_line_errors, require, write_together
 from model import Linear, softmax
 from train import choose_device, load_run
 
@@ -237,9 +237,7 @@ def export_run(model, tokenizer, config, folder):
     settings = [json.dumps(words, indent=1).encode() for words in llama_settings(model, tokenizer, config)]
     names = "config.json", "tokenizer_config.json", "vocab.json", "merges.txt", "model.safetensors"
     contents = *settings, *tokenizer.file_contents(), llama_weights(model, config["num_heads"])
-    with replacing_together(*(Path(folder) / name for name in names)) as temporaries:
-        for path, content in zip(temporaries, contents):
-            path.write_bytes(content)
+    write_together(folder, dict(zip(names, contents)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
