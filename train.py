@@ -25,7 +25,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # If one of several processes fails, each of the others would print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
-import ctypes
 import datetime
 import glob
 import html
@@ -45,7 +44,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bpe import InputError, Tokenizer, configure, one_line_errors, only_run_in, replacing, require
+from bpe import (InputError, Tokenizer, configure, keep_freed_memory, one_line_errors, only_run_in, replacing,
+                 require)
 from model import TransformerLM
 
 # files
@@ -740,16 +740,6 @@ def compile_model(model, inputs, targets):
     model.zero_grad()
 
 
-def keep_freed_memory():
-    """Let glibc keep large blocks that are freed, instead of taking new pages from the system at every step:
-    5 % of a step on a CPU.
-    """
-    with suppress(AttributeError, OSError, TypeError):   # another C library, with habits of its own
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)    # M_MMAP_MAX: large blocks come from the heap
-        libc.mallopt(-1, -1)   # M_TRIM_THRESHOLD: whose end is never given back
-
-
 def evaluate(model, tokens, parts, chip):
     """The mean loss over eval_batches batches that lie evenly spread over the tokens: always the same ones."""
     starts = np.linspace(0, len(tokens) - context_length - 1, eval_batches * batch_size, dtype=int)
@@ -818,7 +808,7 @@ def main():
     require(PROCESSES == 1 or chip.type != "mps",
             "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
     tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
-    keep_freed_memory()
+    keep_freed_memory()   # 5 % of a step on a CPU
     if chip.type == "cuda":
         torch.cuda.set_device(chip)
         torch.set_float32_matmul_precision("high")   # TF32
