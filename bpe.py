@@ -184,7 +184,9 @@ def changes(values):
     >>> changes(np.array([5, 5, 7])).tolist()
     [True, False, True]
     """
-    return np.append(True, values[1:] != values[:-1])[:len(values)]
+    differ = np.ones(len(values), bool)
+    differ[1:] = values[1:] != values[:-1]
+    return differ
 
 
 def pretokenise(text, special):
@@ -489,7 +491,7 @@ class Segmentation:
         pairs = self.pairs(places)
         order = pairs.argsort()[(pairs < 0).sum():]
         pairs = pairs[order]
-        starts = np.flatnonzero(changes(pairs))
+        starts = changes(pairs).nonzero()[0]
         return pairs[starts], np.append(starts, len(pairs)), places[order]
 
     def ids_of_words(self, dtype):
@@ -627,21 +629,6 @@ def made_by(merges):
         made.add(left + right)
         used |= {left, right, (left, right)}
     return made
-
-
-def gather(encoded, index, dtype):
-    """The ids of a text's words in order: encoded[i] (list[bytes]) holds the ids of distinct word i; index (W,).
-
-    >>> encoded = [np.uint16(ids).tobytes() for ids in ([5], [7, 8])]
-    >>> gather(encoded, np.array([0, 1, 0]), np.dtype(np.uint16)).tolist()
-    [5, 7, 8, 5]
-    """
-    pool = np.frombuffer(b"".join(encoded), dtype)
-    sizes = np.fromiter(map(len, encoded), np.intp) // dtype.itemsize
-    stops = np.cumsum(sizes)                     # where each distinct word's ids end in the pool
-    sizes = sizes[index]                         # (W,) of each word of the text
-    shift = stops[index] - np.cumsum(sizes)      # from a word's place among the ids to that in the pool
-    return pool[np.arange(sizes.sum()) + np.repeat(shift, sizes)]
 
 
 class Tokenizer:
@@ -797,7 +784,7 @@ class Tokenizer:
         ids = []
         for start, stop in pieces(text, self.cut, BLOCK, 0, len(text)):
             words, index = distinct_words(text[start:stop], self.special)
-            ids.append(gather(self.encode_words(words), index, self.dtype).tobytes())
+            ids += np.array(self.encode_words(words), object).take(index).tolist()
         return b"".join(ids)
 
     def encode_iterable(self, iterable):
@@ -805,18 +792,18 @@ class Tokenizer:
 
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
-        text, enough = "", 8192   # what is not encoded yet, and from which length on it is tried
+        text, enough = bytearray(), 8192   # what is not encoded yet, and above which length it is tried
+        longest = max(map(len, self.special_ids), default=0)
         for item in iterable:
-            text += item
+            text += utf8(item)
             if len(text) > enough:
-                raw = utf8(text)
-                # after this, a special token may reach into the next item
-                end = len(raw) - max(map(len, self.special_ids), default=0)
-                stop = max((cut.start() for cut in self.cut.finditer(raw) if cut.start() <= end), default=0)
-                yield from self.encode(raw[:stop].decode())
-                text = raw[stop:].decode()
+                # not in the last bytes, where a special token may begin that ends in the next item
+                end = len(text) - longest
+                stop = max((cut.start() for cut in self.cut.finditer(text) if cut.start() <= end), default=0)
+                yield from self.encode(text[:stop].decode())
+                text = text[stop:]
                 enough = 8192 + 2 * len(text)
-        yield from self.encode(text)
+        yield from self.encode(text.decode())
 
     def encode_block(self, block):
         """The ids of one block of a file, as bytes of self.dtype, and how many malformed places it had."""
