@@ -489,7 +489,7 @@ class Segmentation:
         The places of pair i are places[bounds[i]:bounds[i + 1]].
         """
         pairs = self.pairs(places)
-        order = pairs.argsort()[(pairs < 0).sum():]
+        order = pairs.argsort()[np.count_nonzero(pairs < 0):]
         pairs = pairs[order]
         starts = changes(pairs).nonzero()[0]
         return pairs[starts], np.append(starts, len(pairs)), places[order]
@@ -681,11 +681,11 @@ class Tokenizer:
             tokens, merges = dict(zip(CHARACTERS, BYTES)), []   # tokens: of each visible form that is met, the bytes
             for line in Path(merges_filepath).read_text(encoding="utf-8").split("\n"):
                 if line and not line.startswith("#version"):
-                    parts = line.split(" ")
-                    if len(parts) != 2 or not tokens.keys() >= {*parts}:
+                    pair = tuple(map(tokens.get, line.split(" ")))
+                    if len(pair) != 2 or None in pair:
                         raise ValueError(f"the merge {line!r} is not two tokens, bytes or made before it, and a space")
-                    merges.append(tuple(tokens[part] for part in parts))
-                    tokens["".join(parts)] = b"".join(merges[-1])
+                    merges.append(pair)
+                    tokens[line.replace(" ", "")] = b"".join(pair)
             # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
             vocab = {number: tokens.get(text) or utf8(text) for text, number in table.items()}
             specials = sorted(table.keys() - tokens.keys(), key=table.get) if every_special else []
