@@ -1009,12 +1009,17 @@ def real_paths(paths):
     return {Path(os.path.realpath(path)) for path in paths}
 
 
+def own_files():
+    """The files that this program writes into data_dir, and their temporary names."""
+    return real_paths(Path(data_dir, name + end) for name in (*OUTPUTS, "corpus.txt") for end in ("", ".tmp"))
+
+
 def find_text(folder, document_end):
     """The file that --data names; or corpus.txt in `folder`, made of the files that match the pattern."""
     if os.path.isfile(data):
         return Path(data)
     files = real_paths(glob.glob(data, recursive=True) if data else standard_library())
-    own = files & real_paths(folder / (name + end) for name in (*OUTPUTS, "corpus.txt") for end in ("", ".tmp"))
+    own = files & own_files()
     files = {path for path in files - own if path.is_file()}
     if own:
         print(f"note: left out, as this program writes them: {', '.join(sorted(map(str, own)))}", file=sys.stderr)
@@ -1056,8 +1061,8 @@ def check_flags():
     """Refuse flags that make no sense; return the special tokens."""
     require(data_dir, "--data_dir is empty: name a folder")
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
-    if val_data and not (os.path.isfile(val_data) and os.path.getsize(val_data)):
-        raise FileNotFoundError(f"--val_data={val_data!r}: no file has this name, or it is empty")
+    if val_data:
+        mapped(val_data)   # raises an error if it is not a file with text in it
     specials = [token for token in dict.fromkeys(special_tokens.split(",")) if token]
     least = len(Tokenizer(dict(enumerate(BYTES)), [], specials).vocab)   # refuses what cannot be a special token
     require(least == 256 + len(specials),
@@ -1067,8 +1072,7 @@ def check_flags():
     corpus = Path(data_dir) / "corpus.txt"
     require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
             f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
-    replaced = real_paths(Path(data_dir, name + end) for name in OUTPUTS for end in ("", ".tmp"))
-    require(not real_paths([data, val_data]) & replaced,
+    require(not real_paths([data, val_data]) & own_files() - real_paths([corpus]),
             f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
     return specials
 
