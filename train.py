@@ -32,6 +32,7 @@ import json
 import math
 import signal
 import sys
+import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -45,7 +46,7 @@ import torch
 import torch.distributed as dist
 
 from bpe import (InputError, Tokenizer, configure, keep_freed_memory, one_line_errors, only_run_in, replacing,
-                 require)
+                 require, write_together)
 from model import TransformerLM
 
 # files
@@ -465,13 +466,6 @@ def one_voice():
 
 # ------------------------------------------------------------------------------------------------------ log and picture
 
-def write_text(path, text):
-    """Write a text file, whole or not at all, with the same line ends on every platform."""
-    with replacing(path) as temporary:
-        # "replace", because the name of a folder may hold bytes that are no text
-        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-
-
 def write_log(log):
     """Write log.csv anew, whole or not at all. log: its rows, dicts from columns to numbers; None: an empty cell."""
     with replacing(f"{out_dir}/log.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -481,22 +475,22 @@ def write_log(log):
 
 
 def read_run(folder):
-    """The rows of a run's log.csv, as write_log took them, and its constants, a dict. A last row that was cut off is
-    left out. Raises InputError (a ValueError) where a number is missing or not finite.
+    """A run's log.csv, an array with named columns in which an empty val_loss is 0, and its constants, a dict.
+    Raises InputError (a ValueError) where a column is missing or a number is not finite.
     """
+    warnings.simplefilter("ignore")   # of an empty file numpy says more than one line
     try:
-        with open(f"{folder}/log.csv", newline="", encoding="utf-8") as file:
-            log = [{name: float(cell) if cell or name != "val_loss" else None for name, cell in row.items()}
-                   for row in csv.DictReader(file) if row["tokens_per_second"]]
-        if not log or not all(math.isfinite(value or 0) for row in log for value in row.values()):
+        log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True, ndmin=1, filling_values={"val_loss": 0})
+        log = log[["step", "tokens", "seconds", "train_loss", "val_loss"]]
+        if not len(log) or not np.isfinite(log.tolist()).all():
             raise ValueError("no rows of finite numbers")
         return log, dict(json.loads(Path(folder, "config.json").read_bytes()))
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{folder}/log.csv or {folder}/config.json was not written by train.py: {error}") from None
 
 
-def draw_curves(logs, path):
-    """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
+def draw_curves(logs, name):
+    """Draw losses over steps and over seconds into an SVG file in out_dir. logs: {name of a run: rows of its log}."""
     rows = [row for log in logs.values() for row in log]
     losses = [row[kind] for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
     # up to the nine tenths of all losses: the steep fall of the first steps would flatten the rest
@@ -512,15 +506,16 @@ def draw_curves(logs, path):
                        f'<text x="{88 * i}" y="350" text-anchor="middle">{end * i / 5:,.4g}</text>'
                        f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
         svg.append('<svg width="440" height="330">')   # clips what lies outside
-        for i, (name, log) in enumerate(logs.items()):
+        for i, (run, log) in enumerate(logs.items()):
             colour = f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"   # a golden angle apart, so no two are alike
-            svg.append(f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>')
+            svg.append(f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(run)}</text>')
             for kind, style in ("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"'):
                 points = " ".join(f"{440 * row[axis] / end:.1f},{330 * (high - row[kind]) / (high - low):.1f}"
                                   for row in log if row[kind])
                 svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
         svg.append("</svg></g>")
-    write_text(path, "\n".join([*svg, "</svg>\n"]))
+    # "replace", because the name of a folder may hold bytes that are no text
+    write_together(out_dir, {name: "\n".join([*svg, "</svg>\n"]).encode(errors="replace")})
 
 
 def duration(seconds):
@@ -528,45 +523,41 @@ def duration(seconds):
     return datetime.timedelta(seconds=int(max(0, seconds)))
 
 
-def summary(log, best, bytes_per_token, folder):
-    """What the run in a folder has reached, as one line. best: the lowest validation loss and its step; bits per byte
-    are the figure that compares runs with different tokenizers.
-    """
-    evaluated = [row for row in log if row["val_loss"]]
-    if not evaluated:
+def best_row(log):
+    """The row with the lowest validation loss; None before the first evaluation."""
+    return min((row for row in log if row["val_loss"]), key=lambda row: row["val_loss"], default=None)
+
+
+def summary(log, bytes_per_token):
+    """What a run has reached, as one line. Bits per byte compare runs with different tokenizers."""
+    best = best_row(log)
+    if best is None:
         return "no evaluation yet"
-    last, (best_loss, best_step) = evaluated[-1], best
-    loss = last["val_loss"]
-    bits, best_bits = (nats / math.log(2) / bytes_per_token for nats in (loss, best_loss))
-    better = best_step < last["step"]
+    last = [row for row in log if row["val_loss"]][-1]
+    loss, lowest, step = last["val_loss"], best["val_loss"], best["step"]
+    bits, lowest_bits = (nats / math.log(2) / bytes_per_token for nats in (loss, lowest))
+    better = bool(lowest < loss)
     return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
-            f"{f' (best {best_loss:.4f} at step {best_step:,.0f}, in {folder}/best.pt)' * better}, "
-            f"perplexity {math.exp(min(loss, 700)):.1f}, "
-            f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * better}")
+            f"{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
+            f"{bits:.4f} bits per byte{f' (best {lowest_bits:.4f})' * better}")
 
 
 def compare_runs():
-    """Draw the runs that --compare names into out_dir/compare.svg, and print what they have reached beside the
-    constants in which they differ.
+    """Draw the runs that --compare names into out_dir/compare.svg, and print what each has reached, after the constants
+    in which it differs from another.
     """
-    logs, runs = {}, {}
+    logs, configs = {}, {}
     for pattern in compare.split(","):
         found = sorted(glob.glob(f"{pattern}/log.csv"))
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
         for folder in map(os.path.dirname, found):
-            log, config = read_run(folder)
-            best = min([(row["val_loss"], row["step"]) for row in log if row["val_loss"]], default=(math.nan, 0))
-            reached = summary(log, best, config.get("val_bytes_per_token", math.nan), folder)
-            logs[folder], runs[folder] = log, {"run": folder, **config, "reached": reached}
-    differing = [name for name in config if name not in (*MAY_CHANGE, "val_bytes_per_token")
-                 and len({str(run.get(name)) for run in runs.values()}) > 1]
-    columns = ["run", *differing, "reached"]
-    table = [columns, *([str(run.get(name)) for name in columns] for run in runs.values())]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(map(str.ljust, row, widths)))
-    os.makedirs(out_dir, exist_ok=True)
-    draw_curves(logs, f"{out_dir}/compare.svg")
+            logs[folder], configs[folder] = read_run(folder)
+    for folder, config in configs.items():
+        bytes_per_token = config.pop("val_bytes_per_token", math.nan)
+        differing = [f"--{name}={value}" for name, value in config.items() if name not in MAY_CHANGE
+                     and any(other.get(name) != value for other in configs.values())]
+        print(folder, *differing, summary(logs[folder], bytes_per_token), sep="  ")
+    draw_curves(logs, "compare.svg")
     print(f"{out_dir}/compare.svg shows the curves")
 
 
@@ -595,7 +586,7 @@ def adopt_runs(config):
     if resume:
         known = {}
         if os.path.exists(f"{out_dir}/ckpt.pt"):
-            saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "best", "seconds", "warmup")
+            saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "seconds", "warmup")
             known.update(saved["config"])
         with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
             known.update(json.loads(Path(out_dir, "config.json").read_bytes()))
@@ -718,7 +709,7 @@ def prepare_folder(config, tokenizer, log, resumed):
               f"written anew, as far as ckpt.pt and {data_dir} tell")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
-    write_text(f"{here}/config.json", json.dumps(config, indent=1) + "\n")
+    write_together(here, {"config.json": f"{json.dumps(config, indent=1)}\n".encode()})
     tokenizer.save(here)
 
 
@@ -822,13 +813,11 @@ def main():
 
     with only_run_in(out_dir) if RANK == 0 else nullcontext():
         # the run: a new one, or where the checkpoint stands
-        # log: the rows of log.csv; best: the lowest validation loss and its step; earlier: seconds before this start
-        step, log, best, earlier, warmup = 0, [], (math.inf, 0), 0.0, warmup_steps
+        # log: the rows of log.csv; earlier: seconds before this start
+        step, log, earlier, warmup = 0, [], 0.0, warmup_steps
         if saved:
             step, log = load_checkpoint(saved, model, rule), saved["log"]
             earlier, warmup = saved["seconds"], saved["warmup"]
-            if os.path.exists(f"{out_dir}/best.pt"):   # if it was lost, the next evaluation writes it
-                best = saved["best"]
             print(f"{out_dir}/ckpt.pt stands at step {step:,}")
         if RANK == 0:
             prepare_folder(config, tokenizer, log, saved)
@@ -846,21 +835,20 @@ def main():
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
-        def save(val_loss=None):
-            """Write ckpt.pt; first best.pt, if val_loss is known and the lowest so far."""
-            nonlocal best
-            if val_loss and val_loss < best[0]:
-                best = val_loss, step
+        def save():
+            """Write ckpt.pt; first best.pt, if the last row of the log has the lowest validation loss."""
+            if log and log[-1] is best_row(log):
                 write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
             save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
-                            best=best, seconds=clock(), warmup=warmup)
+                            seconds=clock(), warmup=warmup)
 
         save()
         if compile:
             compile_model(model, *windows(train_tokens, 0 * parts[0], context_length, chip))
         # An evaluation and a second checkpoint show now how long they will take at the end, and that there is room.
         begin = clock()
-        save(evaluate(model, val_tokens, parts, chip))
+        evaluate(model, val_tokens, parts, chip)
+        save()
         budget = 60 * max_minutes - largest(1.5 * (clock() - begin) + 1.5)[0]   # Python takes a second to end
         if not max_minutes:
             warmup = shorter_warmup(steps)
@@ -913,21 +901,21 @@ def main():
                     left = budget - seconds if max_minutes else pace * (steps - step)
                     report(log, left, step + left / pace)
                     if evaluating or stop:
-                        draw_curves({out_dir: log}, f"{out_dir}/curves.svg")
+                        draw_curves({out_dir: log}, "curves.svg")
                 except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
                     caught.append(error)
 
             # save
             if evaluating or stop:
-                save(val_loss)
+                save()
             row_step, row_end = step, clock()   # evaluations do not count into the speed, but into the time
             horizon = min(horizon, horizon_at(*largest(row_end)))
 
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         else:
-            curves = f"; {out_dir}/curves.svg shows the curves" * os.path.exists(f"{out_dir}/curves.svg")
-            print(summary(log, best, config["val_bytes_per_token"], out_dir) + curves)
+            files = f"; best.pt and curves.svg are in {out_dir}" * bool(log)
+            print(summary(log, config["val_bytes_per_token"]) + files)
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
