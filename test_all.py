@@ -1021,17 +1021,18 @@ def test_a_run_whose_output_goes_to_a_closed_pipe_saves_a_checkpoint_and_ends_si
 
 @posix
 def test_two_processes_do_what_one_does_and_so_do_two_that_share_the_model(run):
-    command = f"{TRAIN} --optimizer=muon --steps=6 --out_dir"
-    run(f"{command}=one")
-    for more in "two", "shared --shard=True":
-        assert run_two(*[f"{command}={more} --grad_accum=2"] * 2) == [0, 0], Path("2").read_text()
-    assert Path("1").read_text().count("validation loss") == 2
+    command = f"{TRAIN} --optimizer=muon --resume=True"
+    for steps in "--steps=6", "--steps=8":
+        run(f"{command} {steps} --out_dir=one")
+        for more in "two", "shared --shard=True":
+            assert run_two(*[f"{command} {steps} --grad_accum=2 --out_dir={more}"] * 2) == [0, 0], Path("2").read_text()
+    assert Path("1").read_text().count("validation loss") == 4
     for other in "two", "shared":
         same_weights(other, "one", 1e-4)
         for a, b in zip(rows("one"), rows(other), strict=True):
             for name in "train_loss", "grad_norm":
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3)
-    run("train.py --resume=True --out_dir=shared --shard=False --steps=8")
+    run("train.py --resume=True --out_dir=shared --shard=False --steps=9")
 
 
 @posix

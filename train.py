@@ -283,15 +283,6 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def spread(tensor, like):
-    """A whole tensor, sharded as `like` is."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    # each process cuts its part from its own copy
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 class Muon(AdamW):
     """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum, a tall one by
     the root of its height over its width more (Jordan et al. 2024). Without such groups it is AdamW.
@@ -308,7 +299,7 @@ class Muon(AdamW):
         # Nesterov's form, which looks one step ahead: momentum * m + (1 - momentum) * g rather than m
         move = orthogonalise(whole(g.lerp(m, momentum)), self.dtype)
         p.mul_(1 - lr * weight_decay)
-        p.add_(spread(move, p), alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
+        p.add_(move, alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def parameter_groups(model):
@@ -390,11 +381,11 @@ def load_checkpoint(src, model, optimizer):
     Raises InputError (a ValueError) for a damaged or foreign file and RuntimeError for a model of another shape.
     """
     saved = src if isinstance(src, dict) else read_checkpoint(src, "optimizer", "iteration")
-    parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
-    model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
+    model.load_state_dict(saved["model"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, state in saved["optimizer"]["state"].items():
-        for name, tensor in state.items():
-            state[name] = spread(tensor, ordered[i])
+        for name, tensor in state.items():   # of a sharded parameter, each process keeps its part
+            state[name] = torch.empty_like(parameters[i]).copy_(tensor)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["iteration"]
 
@@ -444,6 +435,16 @@ def shard_model(model, kind):
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
+
+
+def sharding():
+    """The context of a sharded run: in it, operations take sharded tensors together with whole ones, of which every
+    process has the same copy.
+    """
+    if not shard:
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+    return implicit_replication()
 
 
 @contextmanager
@@ -666,8 +667,7 @@ def load_data(saved, parent):
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    token_bytes = np.array([len(token) for _, token in sorted(tokenizer.vocab.items())], np.uint16)
-    return tokenizer, train_tokens, val_tokens, check_sums, token_bytes[val_tokens].mean().item()
+    return tokenizer, train_tokens, val_tokens, check_sums, tokenizer.lengths[val_tokens].mean().item()
 
 
 def build(vocab_size, chip, precision, parent):
@@ -811,7 +811,7 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
           f"{f'{PROCESSES} processes on ' * (PROCESSES > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
 
-    with only_run_in(out_dir) if RANK == 0 else nullcontext():
+    with only_run_in(out_dir) if RANK == 0 else nullcontext(), sharding():
         # the run: a new one, or where the checkpoint stands
         # log: the rows of log.csv; earlier: seconds before this start
         step, log, earlier, warmup = 0, [], 0.0, warmup_steps
