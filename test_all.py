@@ -972,7 +972,7 @@ def test_a_run_resumes_with_its_own_constants_and_what_it_has_lost_is_restored(r
     shutil.copyfile("data/train.bin", "other/val.bin")
     assert "other has other tokens" in run(f"{resume} --data_dir=other", 2)
     Path("new/ckpt.pt").unlink()   # nothing is left to resume, but best.pt is not overwritten
-    assert "it is in new.1" in run(f"{resume} --steps=4")
+    assert "it is in new.1" in run(f"{command}=new --resume=True")
 
 
 @posix

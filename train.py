@@ -35,7 +35,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -101,7 +101,7 @@ SHAPE = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_t
 # What a resumed run may change. With another budget, the learning rate follows the new schedule.
 MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps", "max_minutes", "eval_interval",
               "log_interval", "device", "dtype", "compile", "shard")
-RESULTS = ("ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
+RESULTS = {"ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt"}
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 
 
@@ -584,18 +584,14 @@ def adopt_runs(config):
     where its weights are not wanted.
     """
     saved = parent = None
-    if resume:
-        known = {}
-        if os.path.exists(f"{out_dir}/ckpt.pt"):
-            saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "seconds", "warmup")
-            known.update(saved["config"])
-        with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
-            known.update(json.loads(Path(out_dir, "config.json").read_bytes()))
+    if resume and os.path.exists(f"{out_dir}/ckpt.pt"):
+        saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "seconds", "warmup")
+        known = saved["config"]
         # not out_dir: the folder may have another name by now
         config = adopt(known, known.keys() & config.keys() - {"out_dir"}, f"--resume=True: {out_dir}")
-        if saved and (steps, max_minutes) != (known["steps"], known["max_minutes"]):
+        if (steps, max_minutes) != (known["steps"], known["max_minutes"]):
             print("the budget is another than before, so the learning rate follows a new schedule")
-    if init_from and not saved:
+    elif init_from:
         parent = load_run(init_from)
         config = adopt(parent[2], SHAPE, f"--init_from={init_from}", ["context_length"])   # no weight depends on it
     return config, saved, parent
@@ -696,7 +692,7 @@ def prepare_folder(config, tokenizer, log, resumed):
     the next free number.
     """
     here, number = os.path.realpath(out_dir), 1
-    old = [name for name in RESULTS if os.path.exists(f"{here}/{name}")]
+    old = RESULTS.intersection(os.listdir(here))
     if old and not resumed:
         while os.path.exists(f"{here}.{number}"):
             number += 1
@@ -704,9 +700,8 @@ def prepare_folder(config, tokenizer, log, resumed):
         for name in old:
             os.rename(f"{here}/{name}", f"{here}.{number}/{name}")
         print(f"{out_dir} held a run: it is in {os.path.basename(here)}.{number} now")
-    elif resumed and len(old) < len(RESULTS):
-        print(f"{out_dir} has no {', '.join(name for name in RESULTS if name not in old)}: "
-              f"written anew, as far as ckpt.pt and {data_dir} tell")
+    elif resumed and old < RESULTS:
+        print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
     write_together(here, {"config.json": f"{json.dumps(config, indent=1)}\n".encode()})
