@@ -704,7 +704,7 @@ def prepare_folder(config, tokenizer, log, resumed):
         print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
-    write_together(here, {"config.json": f"{json.dumps(config, indent=1)}\n".encode()})
+    write_together(here, {"config.json": (json.dumps(config, indent=1) + "\n").encode()})
     tokenizer.save(here)
 
 
@@ -777,7 +777,7 @@ def report(log, left, total):
     """Write log.csv and print its last row. left, total: seconds and steps to the end."""
     write_log(log)
     row = log[-1]
-    validation = "" if row["val_loss"] is None else f", validation {row['val_loss']:.3f}"
+    validation = f", validation {row['val_loss']:.3f}" if row["val_loss"] else ""
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
           f"{row['tokens_per_second']:,.0f} tokens/s, {duration(left)} left", flush=True)
