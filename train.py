@@ -490,33 +490,38 @@ def read_run(folder):
         raise InputError(f"{folder}/log.csv or {folder}/config.json was not written by train.py: {error}") from None
 
 
-def draw_curves(logs, name):
-    """Draw losses over steps and over seconds into an SVG file in out_dir. logs: {name of a run: rows of its log}."""
+def curves(logs):
+    """Yield the lines of an SVG picture of losses over steps and over seconds. logs: {name of a run: its rows}."""
     rows = [row for log in logs.values() for row in log]
     losses = [row[kind] for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
     # up to the nine tenths of all losses: the steep fall of the first steps would flatten the rest
     low, high = min(losses) - 0.05, np.quantile(losses, 0.9) + 0.05
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 450" font-family="sans-serif" font-size="12">'
+    yield ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 450" font-family="sans-serif" font-size="12">'
            '<style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>'
-           '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
+           '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>')
     for left, axis, label in (70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds"):
         end = max(row[axis] for row in rows)
-        svg.append(f'<g transform="translate({left} 60)"><text x="220" y="374" text-anchor="middle">{label}</text>')
+        yield f'<g transform="translate({left} 60)"><text x="220" y="374" text-anchor="middle">{label}</text>'
         for i in range(6):   # five fields, each way
-            svg.append(f'<path d="M{88 * i} 0v330M0 {66 * i}h440"/>'
-                       f'<text x="{88 * i}" y="350" text-anchor="middle">{end * i / 5:,.4g}</text>'
-                       f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
-        svg.append('<svg width="440" height="330">')   # clips what lies outside
-        for i, (run, log) in enumerate(logs.items()):
+            yield (f'<path d="M{88 * i} 0v330M0 {66 * i}h440"/>'
+                   f'<text x="{88 * i}" y="350" text-anchor="middle">{end * i / 5:,.4g}</text>'
+                   f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
+        yield '<svg width="440" height="330">'   # clips what lies outside
+        for i, (name, log) in enumerate(logs.items()):
             colour = f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"   # a golden angle apart, so no two are alike
-            svg.append(f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(run)}</text>')
+            yield f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>'
             for kind, style in ("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"'):
                 points = " ".join(f"{440 * row[axis] / end:.1f},{330 * (high - row[kind]) / (high - low):.1f}"
                                   for row in log if row[kind])
-                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
-        svg.append("</svg></g>")
+                yield f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>'
+        yield "</svg></g>"
+    yield "</svg>\n"
+
+
+def draw_curves(logs, name):
+    """Write the picture of these logs into a file of this name in out_dir."""
     # "replace", because the name of a folder may hold bytes that are no text
-    write_together(out_dir, {name: "\n".join([*svg, "</svg>\n"]).encode(errors="replace")})
+    write_together(out_dir, {name: "\n".join(curves(logs)).encode(errors="replace")})
 
 
 def duration(seconds):
@@ -831,11 +836,13 @@ def main():
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
         def save():
-            """Write ckpt.pt; first best.pt, if the last row of the log has the lowest validation loss."""
+            """Write ckpt.pt and curves.svg; first best.pt, if the last row of the log has the lowest validation loss."""
             if log and log[-1] is best_row(log):
                 write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
             save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
                             seconds=clock(), warmup=warmup)
+            if log and RANK == 0:
+                draw_curves({out_dir: log}, "curves.svg")
 
         save()
         if compile:
@@ -884,8 +891,10 @@ def main():
             sums.zero_()
             seconds = clock()
             pace = (seconds - row_end) / (step - row_step)
+            left = budget - seconds if max_minutes else pace * (steps - step)
+            total = step + left / pace
             if estimating:   # the pace without start-up and compilation tells how many steps it will be
-                warmup = shorter_warmup(*largest(step + (budget - seconds) / pace))
+                warmup = shorter_warmup(*largest(total))
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
@@ -893,10 +902,7 @@ def main():
             check_divergence(log[-1], vocab_size)
             if RANK == 0:
                 try:
-                    left = budget - seconds if max_minutes else pace * (steps - step)
-                    report(log, left, step + left / pace)
-                    if evaluating or stop:
-                        draw_curves({out_dir: log}, "curves.svg")
+                    report(log, left, total)
                 except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
                     caught.append(error)
 
