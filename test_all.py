@@ -861,7 +861,7 @@ def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_direct
         same(product, product.mT)
 
 
-@pytest.mark.parametrize("kind, inside", [(AdamW, {}), (Muon, dict(momentum=0.95))])
+@pytest.mark.parametrize("kind, inside", [(AdamW, {}), (torch.optim.AdamW, {}), (Muon, dict(momentum=0.95))])
 def test_a_model_learns_by_heart_and_a_checkpoint_brings_it_and_its_optimiser_back(kind, inside):
     model, rule = small_trainee(kind, **inside)
     losses, memory = [step_once(model, rule) for _ in range(60)], io.BytesIO()
@@ -935,7 +935,7 @@ def test_compare_shows_last_and_best_losses_and_draws_the_runs_that_a_pattern_na
     assert "warming up over 2" in run(f"{TRAIN} --seed=1 '--out_dir=out&<b>' --steps=20 --warmup_steps=11")
     before = Path("out/curves.svg").read_bytes()
     lines = run("train.py --compare=out*").splitlines()
-    assert "--seed=1" in lines[0] and "--seed=0" in lines[1] and "d_model" not in lines[0]
+    assert "--seed=1" in lines[0] and "d_model" not in lines[0]
     for line, name in zip(lines, ("out&<b>", "out")):   # as "&" comes before "/"
         size, losses = read_json(name, "config.json")["val_bytes_per_token"], [*validation_losses(name).values()]
         for loss in losses[-1], min(losses):

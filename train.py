@@ -382,10 +382,11 @@ def load_checkpoint(src, model, optimizer):
     """
     saved = src if isinstance(src, dict) else read_checkpoint(src, "optimizer", "iteration")
     model.load_state_dict(saved["model"])
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, state in saved["optimizer"]["state"].items():
-        for name, tensor in state.items():   # of a sharded parameter, each process keeps its part
-            state[name] = torch.empty_like(parameters[i]).copy_(tensor)
+    if shard:   # each process keeps its part of what the optimizer remembers
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, state in saved["optimizer"]["state"].items():
+            for name, tensor in state.items():
+                state[name] = torch.empty_like(parameters[i]).copy_(tensor)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["iteration"]
 
@@ -479,7 +480,7 @@ def read_run(folder):
     """A run's log.csv, an array with named columns in which an empty val_loss is 0, and its constants, a dict.
     Raises InputError (a ValueError) where a column is missing or a number is not finite.
     """
-    warnings.simplefilter("ignore")   # of an empty file numpy says more than one line
+    warnings.simplefilter("ignore")   # numpy would add lines of its own about an empty file
     try:
         log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True, ndmin=1, filling_values={"val_loss": 0})
         log = log[["step", "tokens", "seconds", "train_loss", "val_loss"]]
