@@ -837,7 +837,7 @@ def main():
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
         def save():
-            """Write ckpt.pt and curves.svg; first best.pt, if the last row of the log has the lowest validation loss."""
+            """Write ckpt.pt and curves.svg; first best.pt, if the last row has the lowest validation loss."""
             if log and log[-1] is best_row(log):
                 write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
             save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
