@@ -32,9 +32,10 @@ import json
 import math
 import signal
 import sys
+import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -45,7 +46,7 @@ import torch
 import torch.distributed as dist
 
 from bpe import (InputError, Tokenizer, configure, keep_freed_memory, one_line_errors, only_run_in, replacing,
-                 require)
+                 require, write_together)
 from model import TransformerLM
 
 # files
@@ -100,7 +101,7 @@ SHAPE = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_t
 # What a resumed run may change. With another budget, the learning rate follows the new schedule.
 MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps", "max_minutes", "eval_interval",
               "log_interval", "device", "dtype", "compile", "shard")
-RESULTS = ("ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt")
+RESULTS = {"ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt"}
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 
 
@@ -282,15 +283,6 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def spread(tensor, like):
-    """A whole tensor, sharded as `like` is."""
-    if not hasattr(like, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    # each process cuts its part from its own copy
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 class Muon(AdamW):
     """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum, a tall one by
     the root of its height over its width more (Jordan et al. 2024). Without such groups it is AdamW.
@@ -307,7 +299,7 @@ class Muon(AdamW):
         # Nesterov's form, which looks one step ahead: momentum * m + (1 - momentum) * g rather than m
         move = orthogonalise(whole(g.lerp(m, momentum)), self.dtype)
         p.mul_(1 - lr * weight_decay)
-        p.add_(spread(move, p), alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
+        p.add_(move, alpha=-lr * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def parameter_groups(model):
@@ -389,11 +381,12 @@ def load_checkpoint(src, model, optimizer):
     Raises InputError (a ValueError) for a damaged or foreign file and RuntimeError for a model of another shape.
     """
     saved = src if isinstance(src, dict) else read_checkpoint(src, "optimizer", "iteration")
-    parameters, ordered = model.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
-    model.load_state_dict({name: spread(tensor, parameters.get(name)) for name, tensor in saved["model"].items()})
-    for i, state in saved["optimizer"]["state"].items():
-        for name, tensor in state.items():
-            state[name] = spread(tensor, ordered[i])
+    model.load_state_dict(saved["model"])
+    if shard:   # each process keeps its part of what the optimizer remembers
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, state in saved["optimizer"]["state"].items():
+            for name, tensor in state.items():
+                state[name] = torch.empty_like(parameters[i]).copy_(tensor)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["iteration"]
 
@@ -445,6 +438,16 @@ def shard_model(model, kind):
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
 
 
+def sharding():
+    """The context of a sharded run: in it, operations take sharded tensors together with whole ones, of which every
+    process has the same copy.
+    """
+    if not shard:
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+    return implicit_replication()
+
+
 @contextmanager
 def one_voice():
     """Of several processes, let rank 0 print, and only one tell its error: a process that fails waits before it does,
@@ -465,13 +468,6 @@ def one_voice():
 
 # ------------------------------------------------------------------------------------------------------ log and picture
 
-def write_text(path, text):
-    """Write a text file, whole or not at all, with the same line ends on every platform."""
-    with replacing(path) as temporary:
-        # "replace", because the name of a folder may hold bytes that are no text
-        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-
-
 def write_log(log):
     """Write log.csv anew, whole or not at all. log: its rows, dicts from columns to numbers; None: an empty cell."""
     with replacing(f"{out_dir}/log.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -481,46 +477,52 @@ def write_log(log):
 
 
 def read_run(folder):
-    """The rows of a run's log.csv, as write_log took them, and its constants, a dict. A last row that was cut off is
-    left out. Raises InputError (a ValueError) where a number is missing or not finite.
+    """A run's log.csv, an array with named columns in which an empty val_loss is 0, and its constants, a dict.
+    Raises InputError (a ValueError) where a column is missing or a number is not finite.
     """
+    warnings.simplefilter("ignore")   # numpy would add lines of its own about an empty file
     try:
-        with open(f"{folder}/log.csv", newline="", encoding="utf-8") as file:
-            log = [{name: float(cell) if cell or name != "val_loss" else None for name, cell in row.items()}
-                   for row in csv.DictReader(file) if row["tokens_per_second"]]
-        if not log or not all(math.isfinite(value or 0) for row in log for value in row.values()):
+        log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True, ndmin=1, filling_values={"val_loss": 0})
+        log = log[["step", "tokens", "seconds", "train_loss", "val_loss"]]
+        if not len(log) or not np.isfinite(log.tolist()).all():
             raise ValueError("no rows of finite numbers")
         return log, dict(json.loads(Path(folder, "config.json").read_bytes()))
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{folder}/log.csv or {folder}/config.json was not written by train.py: {error}") from None
 
 
-def draw_curves(logs, path):
-    """Draw losses over steps and over seconds into an SVG file. logs: {name of the run: rows of its log}."""
+def curves(logs):
+    """Yield the lines of an SVG picture of losses over steps and over seconds. logs: {name of a run: its rows}."""
     rows = [row for log in logs.values() for row in log]
     losses = [row[kind] for row in rows for kind in ("train_loss", "val_loss") if row[kind]]
     # up to the nine tenths of all losses: the steep fall of the first steps would flatten the rest
     low, high = min(losses) - 0.05, np.quantile(losses, 0.9) + 0.05
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 450" font-family="sans-serif" font-size="12">'
+    yield ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 450" font-family="sans-serif" font-size="12">'
            '<style>path {stroke: #ddd}</style><rect width="100%" height="100%" fill="white"/>'
-           '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>']
+           '<text x="70" y="30" font-size="16">Loss in nats a token: training (thin) and validation (thick)</text>')
     for left, axis, label in (70, "step", "optimiser steps"), (590, "seconds", "wall-clock seconds"):
         end = max(row[axis] for row in rows)
-        svg.append(f'<g transform="translate({left} 60)"><text x="220" y="374" text-anchor="middle">{label}</text>')
+        yield f'<g transform="translate({left} 60)"><text x="220" y="374" text-anchor="middle">{label}</text>'
         for i in range(6):   # five fields, each way
-            svg.append(f'<path d="M{88 * i} 0v330M0 {66 * i}h440"/>'
-                       f'<text x="{88 * i}" y="350" text-anchor="middle">{end * i / 5:,.4g}</text>'
-                       f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
-        svg.append('<svg width="440" height="330">')   # clips what lies outside
+            yield (f'<path d="M{88 * i} 0v330M0 {66 * i}h440"/>'
+                   f'<text x="{88 * i}" y="350" text-anchor="middle">{end * i / 5:,.4g}</text>'
+                   f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
+        yield '<svg width="440" height="330">'   # clips what lies outside
         for i, (name, log) in enumerate(logs.items()):
             colour = f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"   # a golden angle apart, so no two are alike
-            svg.append(f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>')
+            yield f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>'
             for kind, style in ("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"'):
                 points = " ".join(f"{440 * row[axis] / end:.1f},{330 * (high - row[kind]) / (high - low):.1f}"
                                   for row in log if row[kind])
-                svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>')
-        svg.append("</svg></g>")
-    write_text(path, "\n".join([*svg, "</svg>\n"]))
+                yield f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>'
+        yield "</svg></g>"
+    yield "</svg>\n"
+
+
+def draw_curves(logs, name):
+    """Write the picture of these logs into a file of this name in out_dir."""
+    # "replace", because the name of a folder may hold bytes that are no text
+    write_together(out_dir, {name: "\n".join(curves(logs)).encode(errors="replace")})
 
 
 def duration(seconds):
@@ -528,45 +530,41 @@ def duration(seconds):
     return datetime.timedelta(seconds=int(max(0, seconds)))
 
 
-def summary(log, best, bytes_per_token, folder):
-    """What the run in a folder has reached, as one line. best: the lowest validation loss and its step; bits per byte
-    are the figure that compares runs with different tokenizers.
-    """
-    evaluated = [row for row in log if row["val_loss"]]
-    if not evaluated:
+def best_row(log):
+    """The row with the lowest validation loss; None before the first evaluation."""
+    return min((row for row in log if row["val_loss"]), key=lambda row: row["val_loss"], default=None)
+
+
+def summary(log, bytes_per_token):
+    """What a run has reached, as one line. Bits per byte compare runs with different tokenizers."""
+    best = best_row(log)
+    if best is None:
         return "no evaluation yet"
-    last, (best_loss, best_step) = evaluated[-1], best
-    loss = last["val_loss"]
-    bits, best_bits = (nats / math.log(2) / bytes_per_token for nats in (loss, best_loss))
-    better = best_step < last["step"]
+    last = [row for row in log if row["val_loss"]][-1]
+    loss, lowest, step = last["val_loss"], best["val_loss"], best["step"]
+    bits, lowest_bits = (nats / math.log(2) / bytes_per_token for nats in (loss, lowest))
+    better = bool(lowest < loss)
     return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
-            f"{f' (best {best_loss:.4f} at step {best_step:,.0f}, in {folder}/best.pt)' * better}, "
-            f"perplexity {math.exp(min(loss, 700)):.1f}, "
-            f"{bits:.4f} bits per byte{f' (best {best_bits:.4f})' * better}")
+            f"{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
+            f"{bits:.4f} bits per byte{f' (best {lowest_bits:.4f})' * better}")
 
 
 def compare_runs():
-    """Draw the runs that --compare names into out_dir/compare.svg, and print what they have reached beside the
-    constants in which they differ.
+    """Draw the runs that --compare names into out_dir/compare.svg, and print what each has reached, after the constants
+    in which it differs from another.
     """
-    logs, runs = {}, {}
+    logs, configs = {}, {}
     for pattern in compare.split(","):
         found = sorted(glob.glob(f"{pattern}/log.csv"))
         require(found, f"--compare={compare}: {pattern!r} is no run folder, and no pattern that matches one")
         for folder in map(os.path.dirname, found):
-            log, config = read_run(folder)
-            best = min([(row["val_loss"], row["step"]) for row in log if row["val_loss"]], default=(math.nan, 0))
-            reached = summary(log, best, config.get("val_bytes_per_token", math.nan), folder)
-            logs[folder], runs[folder] = log, {"run": folder, **config, "reached": reached}
-    differing = [name for name in config if name not in (*MAY_CHANGE, "val_bytes_per_token")
-                 and len({str(run.get(name)) for run in runs.values()}) > 1]
-    columns = ["run", *differing, "reached"]
-    table = [columns, *([str(run.get(name)) for name in columns] for run in runs.values())]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(map(str.ljust, row, widths)))
-    os.makedirs(out_dir, exist_ok=True)
-    draw_curves(logs, f"{out_dir}/compare.svg")
+            logs[folder], configs[folder] = read_run(folder)
+    for folder, config in configs.items():
+        bytes_per_token = config.pop("val_bytes_per_token", math.nan)
+        differing = [f"--{name}={value}" for name, value in config.items() if name not in MAY_CHANGE
+                     and any(other.get(name) != value for other in configs.values())]
+        print(folder, *differing, summary(logs[folder], bytes_per_token), sep="  ")
+    draw_curves(logs, "compare.svg")
     print(f"{out_dir}/compare.svg shows the curves")
 
 
@@ -592,18 +590,14 @@ def adopt_runs(config):
     where its weights are not wanted.
     """
     saved = parent = None
-    if resume:
-        known = {}
-        if os.path.exists(f"{out_dir}/ckpt.pt"):
-            saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "best", "seconds", "warmup")
-            known.update(saved["config"])
-        with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
-            known.update(json.loads(Path(out_dir, "config.json").read_bytes()))
+    if resume and os.path.exists(f"{out_dir}/ckpt.pt"):
+        saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "seconds", "warmup")
+        known = saved["config"]
         # not out_dir: the folder may have another name by now
         config = adopt(known, known.keys() & config.keys() - {"out_dir"}, f"--resume=True: {out_dir}")
-        if saved and (steps, max_minutes) != (known["steps"], known["max_minutes"]):
+        if (steps, max_minutes) != (known["steps"], known["max_minutes"]):
             print("the budget is another than before, so the learning rate follows a new schedule")
-    if init_from and not saved:
+    elif init_from:
         parent = load_run(init_from)
         config = adopt(parent[2], SHAPE, f"--init_from={init_from}", ["context_length"])   # no weight depends on it
     return config, saved, parent
@@ -675,8 +669,7 @@ def load_data(saved, parent):
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    token_bytes = np.array([len(token) for _, token in sorted(tokenizer.vocab.items())], np.uint16)
-    return tokenizer, train_tokens, val_tokens, check_sums, token_bytes[val_tokens].mean().item()
+    return tokenizer, train_tokens, val_tokens, check_sums, tokenizer.lengths[val_tokens].mean().item()
 
 
 def build(vocab_size, chip, precision, parent):
@@ -705,7 +698,7 @@ def prepare_folder(config, tokenizer, log, resumed):
     the next free number.
     """
     here, number = os.path.realpath(out_dir), 1
-    old = [name for name in RESULTS if os.path.exists(f"{here}/{name}")]
+    old = RESULTS.intersection(os.listdir(here))
     if old and not resumed:
         while os.path.exists(f"{here}.{number}"):
             number += 1
@@ -713,12 +706,11 @@ def prepare_folder(config, tokenizer, log, resumed):
         for name in old:
             os.rename(f"{here}/{name}", f"{here}.{number}/{name}")
         print(f"{out_dir} held a run: it is in {os.path.basename(here)}.{number} now")
-    elif resumed and len(old) < len(RESULTS):
-        print(f"{out_dir} has no {', '.join(name for name in RESULTS if name not in old)}: "
-              f"written anew, as far as ckpt.pt and {data_dir} tell")
+    elif resumed and old < RESULTS:
+        print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
-    write_text(f"{here}/config.json", json.dumps(config, indent=1) + "\n")
+    write_together(here, {"config.json": (json.dumps(config, indent=1) + "\n").encode()})
     tokenizer.save(here)
 
 
@@ -791,7 +783,7 @@ def report(log, left, total):
     """Write log.csv and print its last row. left, total: seconds and steps to the end."""
     write_log(log)
     row = log[-1]
-    validation = "" if row["val_loss"] is None else f", validation {row['val_loss']:.3f}"
+    validation = f", validation {row['val_loss']:.3f}" if row["val_loss"] else ""
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
           f"{row['tokens_per_second']:,.0f} tokens/s, {duration(left)} left", flush=True)
@@ -820,15 +812,13 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
           f"{f'{PROCESSES} processes on ' * (PROCESSES > 1)}{chip.type}, {str(precision).removeprefix('torch.')}")
 
-    with only_run_in(out_dir) if RANK == 0 else nullcontext():
+    with only_run_in(out_dir) if RANK == 0 else nullcontext(), sharding():
         # the run: a new one, or where the checkpoint stands
-        # log: the rows of log.csv; best: the lowest validation loss and its step; earlier: seconds before this start
-        step, log, best, earlier, warmup = 0, [], (math.inf, 0), 0.0, warmup_steps
+        # log: the rows of log.csv; earlier: seconds before this start
+        step, log, earlier, warmup = 0, [], 0.0, warmup_steps
         if saved:
             step, log = load_checkpoint(saved, model, rule), saved["log"]
             earlier, warmup = saved["seconds"], saved["warmup"]
-            if os.path.exists(f"{out_dir}/best.pt"):   # if it was lost, the next evaluation writes it
-                best = saved["best"]
             print(f"{out_dir}/ckpt.pt stands at step {step:,}")
         if RANK == 0:
             prepare_folder(config, tokenizer, log, saved)
@@ -846,21 +836,22 @@ def main():
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
-        def save(val_loss=None):
-            """Write ckpt.pt; first best.pt, if val_loss is known and the lowest so far."""
-            nonlocal best
-            if val_loss and val_loss < best[0]:
-                best = val_loss, step
+        def save():
+            """Write ckpt.pt and curves.svg; first best.pt, if the last row has the lowest validation loss."""
+            if log and log[-1] is best_row(log):
                 write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
             save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
-                            best=best, seconds=clock(), warmup=warmup)
+                            seconds=clock(), warmup=warmup)
+            if log and RANK == 0:
+                draw_curves({out_dir: log}, "curves.svg")
 
         save()
         if compile:
             compile_model(model, *windows(train_tokens, 0 * parts[0], context_length, chip))
         # An evaluation and a second checkpoint show now how long they will take at the end, and that there is room.
         begin = clock()
-        save(evaluate(model, val_tokens, parts, chip))
+        evaluate(model, val_tokens, parts, chip)
+        save()
         budget = 60 * max_minutes - largest(1.5 * (clock() - begin) + 1.5)[0]   # Python takes a second to end
         if not max_minutes:
             warmup = shorter_warmup(steps)
@@ -901,8 +892,10 @@ def main():
             sums.zero_()
             seconds = clock()
             pace = (seconds - row_end) / (step - row_step)
+            left = budget - seconds if max_minutes else pace * (steps - step)
+            total = step + left / pace
             if estimating:   # the pace without start-up and compilation tells how many steps it will be
-                warmup = shorter_warmup(*largest(step + (budget - seconds) / pace))
+                warmup = shorter_warmup(*largest(total))
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
@@ -910,24 +903,21 @@ def main():
             check_divergence(log[-1], vocab_size)
             if RANK == 0:
                 try:
-                    left = budget - seconds if max_minutes else pace * (steps - step)
-                    report(log, left, step + left / pace)
-                    if evaluating or stop:
-                        draw_curves({out_dir: log}, f"{out_dir}/curves.svg")
+                    report(log, left, total)
                 except OSError as error:   # a closed pipe or a full disk stops the run as a signal does
                     caught.append(error)
 
             # save
             if evaluating or stop:
-                save(val_loss)
+                save()
             row_step, row_end = step, clock()   # evaluations do not count into the speed, but into the time
             horizon = min(horizon, horizon_at(*largest(row_end)))
 
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         else:
-            curves = f"; {out_dir}/curves.svg shows the curves" * os.path.exists(f"{out_dir}/curves.svg")
-            print(summary(log, best, config["val_bytes_per_token"], out_dir) + curves)
+            files = f"; best.pt and curves.svg are in {out_dir}" * bool(log)
+            print(summary(log, config["val_bytes_per_token"]) + files)
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
