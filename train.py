@@ -35,7 +35,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -593,6 +593,8 @@ def adopt_runs(config):
     if resume and os.path.exists(f"{out_dir}/ckpt.pt"):
         saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "seconds", "warmup")
         known = saved["config"]
+        with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
+            known |= json.loads(Path(out_dir, "config.json").read_bytes())
         # not out_dir: the folder may have another name by now
         config = adopt(known, known.keys() & config.keys() - {"out_dir"}, f"--resume=True: {out_dir}")
         if (steps, max_minutes) != (known["steps"], known["max_minutes"]):
