@@ -344,28 +344,31 @@ XL = 50257, 1024, 48, 1600, 25, 4 * 1600
 
 
 def parameters(V, T, N, D, H, F, gated=True, tied=False):
-    """The number of parameters by part, a dict; tied embeddings count once, as token embeddings."""
-    return {"token embeddings": V * D, "projections": N * 4 * D * D, "FFN": N * (3 if gated else 2) * D * F,
-            "RMSNorm": (2 * N + 1) * D, "LM head": 0 if tied else V * D}
+    """The number of parameters by part, a Counter; tied embeddings count once, as token embeddings."""
+    return Counter({"token embeddings": V * D, "projections": N * 4 * D * D, "FFN": N * (2 + gated) * D * F,
+                    "RMSNorm": (2 * N + 1) * D, "LM head": 0 if tied else V * D})
 
 
 def matrix_products(V, T, N, D, H, F, gated=True):
-    """Every matrix product of a forward pass over one full context, as rows (part, name, times, m, k, n):
+    """Yield every matrix product of a forward pass over one full context, as (part, name, times, m, k, n):
     `times` products (m, k) x (k, n).
     """
-    products = [("projections", f"layers.*.attn.{name}_proj", N, T, D, D) for name in ("q", "k", "v", "output")]
-    products += [("attention core", "layers.*.attn q k^T", N * H, T, D // H, T),
-                 ("attention core", "layers.*.attn weights v", N * H, T, T, D // H),
-                 ("FFN", "layers.*.ffn.w1", N, T, D, F),
-                 ("FFN", "layers.*.ffn.w2", N, T, F, D)]
+    for name in "q", "k", "v", "output":
+        yield "projections", f"layers.*.attn.{name}_proj", N, T, D, D
+    yield "attention core", "layers.*.attn q k^T", N * H, T, D // H, T
+    yield "attention core", "layers.*.attn weights v", N * H, T, T, D // H
+    yield "FFN", "layers.*.ffn.w1", N, T, D, F
+    yield "FFN", "layers.*.ffn.w2", N, T, F, D
     if gated:
-        products.append(("FFN", "layers.*.ffn.w3", N, T, D, F))
-    return products + [("LM head", "lm_head", 1, T, D, V)]
+        yield "FFN", "layers.*.ffn.w3", N, T, D, F
+    yield "LM head", "lm_head", 1, T, D, V
 
 
 def forward_flops(*shape):
     """The FLOPs of a forward pass over one full context by part, a Counter: a product (m, k) x (k, n) has m n sums,
     each of k multiplications and k additions. All the rest is under 1 % in GPT-2.
+
+    Attention counts in full, T x T, as is usual for MFU, though causal_attention_in_blocks leaves some of it out.
     """
     flops = Counter()
     for part, _, times, m, k, n in matrix_products(*shape):
@@ -373,19 +376,10 @@ def forward_flops(*shape):
     return flops
 
 
-def training_flops(*shape):
-    """FLOPs of the forward and backward pass for one token of a full context. The backward pass has two products for
-    each product of the forward pass.
-
-    Attention counts in full, T x T, as is usual for MFU, though causal_attention_in_blocks leaves some of it out.
-    """
-    return 3 * forward_flops(*shape).total() / shape[1]
-
-
 def print_model(shape, tied=False):
     """Print the parameters by part and the matrix products of a forward pass."""
     counts = parameters(*shape, tied)
-    total = sum(counts.values())
+    total = counts.total()
     print(f"{'parameters':<26}{'number':>15}{'share':>10}{'float32':>13}")
     for name, count in counts.items():
         if count:
@@ -409,7 +403,7 @@ def print_family():
     for gated in (True, False):
         for size, T, N, D, H in GPT2:
             shape = 50257, T, N, D, H, 4 * D, gated
-            untied = sum(parameters(*shape).values())
+            untied = parameters(*shape).total()
             flops = forward_flops(*shape)
             shorter, total = total, flops.total()
             projections, core, ffn, head = flops.values()
@@ -423,25 +417,25 @@ def print_family():
 def print_training(shape, tied=False):
     """Print what training takes: AdamW's memory, the FLOPs of a step, and days."""
     V, T, N, D, H, F, gated = shape
-    P = sum(parameters(*shape, tied).values())
+    P = parameters(*shape, tied).total()
     # The numbers that the forward pass of one sequence keeps for the backward pass, by the handout's list. In a block,
     # for each token: 8 D for two norms, q, k, v, weighted values, output projection and w2; 4 F for w1, SiLU, w3 and
     # the gated product; 2 H T for scores and softmax. Then the last norm, the logits, and the cross-entropy.
-    activations = N * (T * (8 * D + (4 if gated else 2) * F) + 2 * H * T * T) + T * D + 2 * T * V
-    largest_batch = int((memory_gb * 1e9 - 16 * P) // (4 * activations))   # negative if not even the state fits
-    step = training_flops(*shape) * T * batch_size
+    activations = N * (T * (8 * D + (2 + 2 * gated) * F) + 2 * H * T * T) + T * D + 2 * T * V
+    largest_batch = (memory_gb * 1e9 - 16 * P) // (4 * activations)   # negative if not even the state fits
+    step = 3 * forward_flops(*shape).total() * batch_size   # the backward pass has two products for each one
     speed = peak_tflops * 1e12 * mfu   # FLOP/s
     print(f"AdamW in float32, a batch of B sequences; {'gated' if gated else 'ungated'}, "
-          f"{'tied' if tied else 'untied'}, N = {N} layers, D = {D:,}, F = {F:,},")
-    print(f"H = {H} heads, T = {T:,} tokens, vocabulary V = {V:,}")
-    print(f"  parameters   P = {'' if tied else '2 '}V D + N (4 D^2 + {3 if gated else 2} D F + 2 D) + D = {P:,}")
-    print(f"  state        16 P bytes: weights 4, gradients 4, two moments 8     {16 * P / 1e9:>15,.2f} GB")
-    print(f"  activations  4 B (N (T (8 D + {4 if gated else 2} F) + 2 H T^2) + T D + 2 T V) bytes   "
-          f"{4 * activations / 1e9:>12,.2f} GB for B = 1")
-    print(f"  largest batch in {memory_gb:g} GB: {max(0, largest_batch):,}")
-    print(f"  a step of {batch_size:,} sequences, backward twice the forward: {step / 1e12:,.2f} TFLOPs; "
-          f"AdamW's own 14 P: {14 * P / 1e12:.3f}")
-    print(f"  {steps:,} steps at {speed / 1e12:.4g} TFLOP/s: {steps * step / speed / 86400:,.0f} days")
+          f"{'tied' if tied else 'untied'}, N = {N} layers, D = {D:,}, F = {F:,},\n"
+          f"H = {H} heads, T = {T:,} tokens, vocabulary V = {V:,}\n"
+          f"  parameters   P = {'' if tied else '2 '}V D + N (4 D^2 + {2 + gated} D F + 2 D) + D = {P:,}\n"
+          f"  state        16 P bytes: weights 4, gradients 4, two moments 8     {16 * P / 1e9:>15,.2f} GB\n"
+          f"  activations  4 B (N (T (8 D + {2 + 2 * gated} F) + 2 H T^2) + T D + 2 T V) bytes   "
+          f"{4 * activations / 1e9:>12,.2f} GB for B = 1\n"
+          f"  largest batch in {memory_gb:g} GB: {max(0, largest_batch):,.0f}\n"
+          f"  a step of {batch_size:,} sequences, backward twice the forward: {step / 1e12:,.2f} TFLOPs; "
+          f"AdamW's own 14 P: {14 * P / 1e12:.3f}\n"
+          f"  {steps:,} steps at {speed / 1e12:.4g} TFLOP/s: {steps * step / speed / 86400:,.0f} days")
 
 
 def main():
