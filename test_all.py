@@ -1126,7 +1126,7 @@ def plain_logits(model, ids):
 @pytest.mark.parametrize("switches", [
     *ABLATIONS, *(dict(context_length=length) for length in (1, 2, 3, 7, 64))], ids=str)
 def test_greedy_text_and_the_score_of_a_text_follow_the_plain_rule_within_and_beyond_the_context(switches):
-    model = small_model(vocab_size=61, d_ff=48, **switches)   # 61: a head that cannot be cut into blocks
+    model = small_model(vocab_size=61, d_ff=48, **switches)
     before = str(model)
     for length in 1, 3, 17:
         ids = torch.randint(61, (length,)).tolist()
