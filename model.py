@@ -73,8 +73,8 @@ class Embedding(nn.Module):
         self.weight = truncated_normal((num_embeddings, embedding_dim), 1, device, dtype)
 
     def forward(self, token_ids):
-        # The same rows as weight[token_ids], but the gradient of indexing is summed on one core, that of index_select
-        # on all: 1 ms of a training step at the handout's shape instead of 8.
+        # The same rows as weight[token_ids]. torch sums the gradient of indexing on one core, but that of index_select
+        # on all cores: 1 ms of a training step at the handout's shape instead of 8.
         return self.weight.index_select(0, token_ids.flatten()).view(*token_ids.shape, -1)
 
 
@@ -139,9 +139,9 @@ class RotaryPositionalEmbedding(nn.Module):
 def softmax(x, dim):
     """exp(x) / sum(exp(x)) along `dim`, in float32.
 
-    The maximum is subtracted first, which changes nothing, because it cancels, but keeps every exponential at most 1.
-    Its gradient cancels too, so detaching it is exact. (torch 2.13 compiles that gradient into NaN in bfloat16 on the
-    CPU.)
+    Subtracting the maximum first keeps every exponential at most 1. The result is the same, because the maximum
+    cancels. Its gradient cancels too, so detaching it is exact. (torch 2.13 compiles that gradient into NaN in bfloat16
+    on the CPU.)
     """
     x = x.float()
     exponentials = (x - x.amax(dim, keepdim=True).detach()).exp()
@@ -177,18 +177,18 @@ def causal_attention(q, k, v):
 def causal_attention_in_blocks(q, k, v):
     """causal_attention(q, k, v) for q, k, v of one length, (..., T, d_k), in less time.
 
-    Each of four blocks of queries meets only the keys up to its own end. That is 5/8 of the scores, in pieces small enough for
-    a CPU's cache: under half the time at T = 256.
+    Each of four blocks of queries meets only the keys up to its own end. That is 5/8 of the scores, in pieces small
+    enough for a CPU's cache: under half the time at T = 256.
     """
     queries, keys, values = (x.chunk(4, -2) for x in (q, k, v))
-    # The gradient of slices k[..., :end, :] would compile into slower loops than that of joined blocks.
+    # Blocks are joined, because the gradient of slices k[..., :end, :] would compile into slower loops.
     return torch.cat([causal_attention(block, torch.cat(keys[:i], -2), torch.cat(values[:i], -2))
                       for i, block in enumerate(queries, 1)], -2)
 
 
 class KVCache:
-    """The keys and values of one layer so far. With them, a new token takes its own projections and one row of scores,
-    not those of the whole context. The memory for context_length positions is allocated at the first append.
+    """The keys and values of one layer so far. With them, a new token needs only its own projections and one row of
+    scores, not those of the whole context. The memory for context_length positions is allocated at the first append.
     """
 
     def __init__(self, context_length):
@@ -317,7 +317,7 @@ class TransformerLM(nn.Module):
                 f"{length} tokens do not fit into the context of {self.context_length}")
         x = self.token_embeddings(token_ids)   # (B, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cache and cache[i])
+            x = layer(x, cache and cache[i])   # None without a cache
         if cache:
             x = x[:, -1:]
         return self.lm_head(self.ln_final(x))
@@ -329,8 +329,8 @@ class TransformerLM(nn.Module):
     def compile_parts(self):
         """Let torch.compile fuse each block, the last norm and the cross-entropy, at their first call.
 
-        All blocks share one compilation, so four of them take 31 s, not the 50 s of torch.compile(model.loss),
-        and run as fast.
+        All blocks share one compilation: four blocks take 31 s, where torch.compile(model.loss) takes 50 s
+        and gives the same speed.
         """
         for part in (*self.layers, self.ln_final):
             part.compile(dynamic=False)
@@ -342,7 +342,7 @@ class TransformerLM(nn.Module):
 
 GPT2 = [("small", 1024, 12, 768, 12), ("medium", 1024, 24, 1024, 16), ("large", 1024, 36, 1280, 20),
         ("XL", 1024, 48, 1600, 25), ("XL", 16384, 48, 1600, 25)]   # name, T, N, D, H
-XL = 50257, 1024, 48, 1600, 25, 4 * 1600
+XL = 50257, 1024, 48, 1600, 25, 6400   # V, T, N, D, H, F = 4 D
 
 
 def parameters(V, T, N, D, H, F, gated, tied=False):
@@ -444,7 +444,7 @@ def main():
     configure(globals())
     require(min(batch_size, steps, memory_gb, peak_tflops, mfu) > 0, f"--batch_size={batch_size}, --steps={steps}, "
             f"--memory_gb={memory_gb}, --peak_tflops={peak_tflops}, --mfu={mfu}: each must be above 0")
-    if not sys.argv[1:]:
+    if len(sys.argv) == 1:
         print("GPT-2 XL with a gated feed-forward network\n")
         print_model((*XL, True))
         print_family()
