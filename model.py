@@ -45,7 +45,7 @@ mfu = 0.5                   # model FLOPs utilisation, the share of the peak tha
 def truncated_normal(shape, std, device, dtype):
     """A parameter drawn from N(0, std^2), cut at 3 standard deviations."""
     weight = torch.empty(shape, device=device, dtype=dtype)
-    return nn.Parameter(nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std))
+    return nn.Parameter(nn.init.trunc_normal_(weight, 0, std, -3 * std, 3 * std))
 
 
 class Linear(nn.Module):
@@ -73,8 +73,8 @@ class Embedding(nn.Module):
         self.weight = truncated_normal((num_embeddings, embedding_dim), 1, device, dtype)
 
     def forward(self, token_ids):
-        # The same rows as weight[token_ids], but the gradient of indexing is summed on one core, that of index_select
-        # on all: 1 ms of a training step at the handout's shape instead of 8.
+        # The same rows as weight[token_ids]. torch sums the gradient of indexing on one core, but that of index_select
+        # on all cores: 1 ms of a training step at the handout's shape instead of 8.
         return self.weight.index_select(0, token_ids.flatten()).view(*token_ids.shape, -1)
 
 
@@ -126,27 +126,22 @@ class RotaryPositionalEmbedding(nn.Module):
         super().__init__()
         require(d_k % 2 == 0, f"RoPE turns pairs, so d_model / num_heads must be even, but it is {d_k}")
         # float64, because a float32 angle at position 16,384 would be off by a thousandth
-        frequencies = theta ** -(torch.arange(d_k).double() // 2 * 2 / d_k)   # (d_k): those of the pairs, each twice
-        angles = torch.outer(torch.arange(max_seq_len), frequencies)          # (max_seq_len, d_k)
-        # x @ quarter_turn is (a, b) -> (-b, a) in every pair
-        quarter_turn = torch.kron(torch.eye(d_k // 2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))   # (d_k, d_k)
+        frequencies = theta ** -(torch.arange(0, d_k, 2).double() / d_k)     # (d_k / 2)
+        angles = torch.outer(torch.arange(max_seq_len), frequencies)         # (max_seq_len, d_k / 2)
         self.register_buffer("cos_and_sin", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
-        self.register_buffer("quarter_turn", quarter_turn, persistent=False)
 
     def forward(self, x, token_positions):
-        cos, sin = self.cos_and_sin[:, token_positions]   # (..., T, d_k)
-        # The formula above is cos * (a, b) + sin * (-b, a). The product with quarter_turn is exact, since each of its
-        # sums has one term. Taking the pairs apart, as x[..., 0::2] and x[..., 1::2], would do without that product,
-        # but makes compiled attention a tenth slower on a CPU.
-        return (x * cos + x @ self.quarter_turn.to(x.dtype) * sin).to(x.dtype)
+        cos, sin = self.cos_and_sin[:, token_positions]   # (..., T, d_k / 2)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)        # (..., T, d_k / 2)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
 
 
 def softmax(x, dim):
     """exp(x) / sum(exp(x)) along `dim`, in float32.
 
-    The maximum is subtracted first, which changes nothing, because it cancels, but keeps every exponential at most 1.
-    Its gradient cancels too, so detaching it is exact. (torch 2.13 compiles that gradient into NaN in bfloat16 on the
-    CPU.)
+    Subtracting the maximum first keeps every exponential at most 1. The result is the same, because the maximum
+    cancels. Its gradient cancels too, so detaching it is exact. (torch 2.13 compiles that gradient into NaN in bfloat16
+    on the CPU.)
     """
     x = x.float()
     exponentials = (x - x.amax(dim, keepdim=True).detach()).exp()
@@ -160,7 +155,7 @@ def scaled_dot_product_attention(q, k, v, mask=None):
     q (..., T_q, d_k), k (..., T_k, d_k), v (..., T_k, d_v) -> (..., T_q, d_v). mask: boolean (..., T_q, T_k),
     True where a query may look; every query must see at least one key.
     """
-    scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5   # (..., T_q, T_k)
+    scores = q @ k.mT / q.size(-1) ** 0.5   # (..., T_q, T_k)
     if mask is not None:
         # The same as scores.masked_fill(~mask, -inf), but the sum compiles into faster loops:
         # attention takes a fifth less time on a CPU.
@@ -175,25 +170,25 @@ def causal_attention(q, k, v):
     """
     T_q, T_k = q.size(-2), k.size(-2)
     # the lower triangle; a single query sees every key
-    mask = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device).tril(T_k - T_q) if T_q > 1 else None
+    mask = q.new_ones(T_q, T_k, dtype=torch.bool).tril(T_k - T_q) if T_q > 1 else None
     return scaled_dot_product_attention(q, k, v, mask)
 
 
-def causal_attention_in_blocks(q, k, v, blocks=4):
+def causal_attention_in_blocks(q, k, v):
     """causal_attention(q, k, v) for q, k, v of one length, (..., T, d_k), in less time.
 
-    Each block of queries meets only the keys up to its own end. That is 5/8 of the scores, in pieces small enough for
-    a CPU's cache: under half the time at T = 256.
+    Each of four blocks of queries meets only the keys up to its own end. That is 5/8 of the scores, in pieces small
+    enough for a CPU's cache: under half the time at T = 256.
     """
-    queries, keys, values = (x.chunk(blocks, -2) for x in (q, k, v))
-    # The gradient of slices k[..., :end, :] would compile into slower loops than that of joined blocks.
-    return torch.cat([causal_attention(block, torch.cat(keys[:i + 1], -2), torch.cat(values[:i + 1], -2))
-                      for i, block in enumerate(queries)], -2)
+    queries, keys, values = (x.chunk(4, -2) for x in (q, k, v))
+    # Blocks are joined, because the gradient of slices k[..., :end, :] would compile into slower loops.
+    return torch.cat([causal_attention(block, torch.cat(keys[:i], -2), torch.cat(values[:i], -2))
+                      for i, block in enumerate(queries, 1)], -2)
 
 
 class KVCache:
-    """The keys and values of one layer so far. With them, a new token takes its own projections and one row of scores,
-    not those of the whole context. The memory for context_length positions is allocated at the first append.
+    """The keys and values of one layer so far. With them, a new token needs only its own projections and one row of
+    scores, not those of the whole context. The memory for context_length positions is allocated at the first append.
     """
 
     def __init__(self, context_length):
@@ -204,9 +199,10 @@ class KVCache:
         new = torch.stack((k, v))
         if not self.length:
             self.memory = new.new_empty(*new.shape[:-2], self.context_length, new.size(-1))
-        start, self.length = self.length, self.length + k.size(-2)
-        self.memory[..., start:self.length, :] = new
-        return self.memory[..., :self.length, :]
+        end = self.length + k.size(-2)
+        self.memory[..., self.length:end, :] = new
+        self.length = end
+        return self.memory[..., :end, :]
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -230,7 +226,7 @@ class MultiHeadSelfAttention(nn.Module):
         if self.rope:
             if token_positions is None:
                 token_positions = torch.arange(x.size(-2), device=x.device) + (cache.length if cache else 0)
-            q, k = (self.rope(x, token_positions[..., None, :]) for x in (q, k))   # the same for every head
+            q, k = self.rope(torch.stack((q, k)), token_positions[..., None, :])   # the same for every head
         # With a cache there are more keys than queries, and blocks would not fit together.
         heads = causal_attention(q, *cache.append(k, v)) if cache else causal_attention_in_blocks(q, k, v)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))   # (..., H, T, d_k) -> (..., T, D)
@@ -251,9 +247,11 @@ class TransformerBlock(nn.Module):
         self.ffn = SwiGLU(d_model, d_ff, swiglu)
 
     def forward(self, x, cache=None):
-        for f, norm in (lambda x: self.attn(x, cache=cache), self.ln1), (self.ffn, self.ln2):
-            x = norm(x + f(x)) if self.post_norm else x + f(norm(x))
-        return x
+        if self.post_norm:
+            x = self.ln1(x + self.attn(x, cache=cache))
+            return self.ln2(x + self.ffn(x))
+        x = x + self.attn(self.ln1(x), cache=cache)
+        return x + self.ffn(self.ln2(x))
 
 
 def cross_entropy(logits, targets):
@@ -268,7 +266,7 @@ def cross_entropy(logits, targets):
     return (logits.logsumexp(-1) - target_logits).mean()
 
 
-def full_shape(V, T, N, D, H, F=0, gated=True):
+def full_shape(V, T, N, D, H, F, gated):
     """The shape (V, T, N, D, H, F, gated) of a model, where T is its context_length, and F = 0 becomes the usual width.
 
     The usual width of a feed-forward network is 4 D without a gate. With one, it is the multiple of 64 nearest to
@@ -318,8 +316,8 @@ class TransformerLM(nn.Module):
         require(length <= self.context_length,
                 f"{length} tokens do not fit into the context of {self.context_length}")
         x = self.token_embeddings(token_ids)   # (B, T, D)
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
-            x = layer(x, cache=layer_cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cache and cache[i])   # None without a cache
         if cache:
             x = x[:, -1:]
         return self.lm_head(self.ln_final(x))
@@ -331,8 +329,8 @@ class TransformerLM(nn.Module):
     def compile_parts(self):
         """Let torch.compile fuse each block, the last norm and the cross-entropy, at their first call.
 
-        All blocks share one compilation, so four of them take 31 s, not the 50 s of torch.compile(model.loss),
-        and run as fast.
+        All blocks share one compilation: four blocks take 31 s, where torch.compile(model.loss) takes 50 s
+        and gives the same speed.
         """
         for part in (*self.layers, self.ln_final):
             part.compile(dynamic=False)
@@ -344,32 +342,35 @@ class TransformerLM(nn.Module):
 
 GPT2 = [("small", 1024, 12, 768, 12), ("medium", 1024, 24, 1024, 16), ("large", 1024, 36, 1280, 20),
         ("XL", 1024, 48, 1600, 25), ("XL", 16384, 48, 1600, 25)]   # name, T, N, D, H
-XL = 50257, 1024, 48, 1600, 25, 4 * 1600
+XL = 50257, 1024, 48, 1600, 25, 6400   # V, T, N, D, H, F = 4 D
 
 
-def parameters(V, T, N, D, H, F, gated=True, tied=False):
-    """The number of parameters by part, a dict; tied embeddings count once, as token embeddings."""
-    return {"token embeddings": V * D, "projections": N * 4 * D * D, "FFN": N * (3 if gated else 2) * D * F,
-            "RMSNorm": (2 * N + 1) * D, "LM head": 0 if tied else V * D}
+def parameters(V, T, N, D, H, F, gated, tied=False):
+    """The number of parameters by part, a Counter; tied embeddings count once, as token embeddings."""
+    return Counter({"token embeddings": V * D, "projections": N * 4 * D * D, "FFN": N * (2 + gated) * D * F,
+                    "RMSNorm": (2 * N + 1) * D, "LM head": 0 if tied else V * D})
 
 
-def matrix_products(V, T, N, D, H, F, gated=True):
-    """Every matrix product of a forward pass over one full context, as rows (part, name, times, m, k, n):
+def matrix_products(V, T, N, D, H, F, gated):
+    """Yield every matrix product of a forward pass over one full context, as (part, name, times, m, k, n):
     `times` products (m, k) x (k, n).
     """
-    products = [("projections", f"layers.*.attn.{name}_proj", N, T, D, D) for name in ("q", "k", "v", "output")]
-    products += [("attention core", "layers.*.attn q k^T", N * H, T, D // H, T),
-                 ("attention core", "layers.*.attn weights v", N * H, T, T, D // H),
-                 ("FFN", "layers.*.ffn.w1", N, T, D, F),
-                 ("FFN", "layers.*.ffn.w2", N, T, F, D)]
+    for name in "q", "k", "v", "output":
+        yield "projections", f"layers.*.attn.{name}_proj", N, T, D, D
+    yield "attention core", "layers.*.attn q k^T", N * H, T, D // H, T
+    yield "attention core", "layers.*.attn weights v", N * H, T, T, D // H
+    yield "FFN", "layers.*.ffn.w1", N, T, D, F
+    yield "FFN", "layers.*.ffn.w2", N, T, F, D
     if gated:
-        products.append(("FFN", "layers.*.ffn.w3", N, T, D, F))
-    return products + [("LM head", "lm_head", 1, T, D, V)]
+        yield "FFN", "layers.*.ffn.w3", N, T, D, F
+    yield "LM head", "lm_head", 1, T, D, V
 
 
 def forward_flops(*shape):
     """The FLOPs of a forward pass over one full context by part, a Counter: a product (m, k) x (k, n) has m n sums,
     each of k multiplications and k additions. All the rest is under 1 % in GPT-2.
+
+    Attention counts in full, T x T, as is usual for MFU, though causal_attention_in_blocks leaves some of it out.
     """
     flops = Counter()
     for part, _, times, m, k, n in matrix_products(*shape):
@@ -377,19 +378,10 @@ def forward_flops(*shape):
     return flops
 
 
-def training_flops(*shape):
-    """FLOPs of the forward and backward pass for one token of a full context. The backward pass has two products for
-    each product of the forward pass.
-
-    Attention counts in full, T x T, as is usual for MFU, though causal_attention_in_blocks leaves some of it out.
-    """
-    return 3 * forward_flops(*shape).total() / shape[1]
-
-
 def print_model(shape, tied=False):
     """Print the parameters by part and the matrix products of a forward pass."""
     counts = parameters(*shape, tied)
-    total = sum(counts.values())
+    total = counts.total()
     print(f"{'parameters':<26}{'number':>15}{'share':>10}{'float32':>13}")
     for name, count in counts.items():
         if count:
@@ -410,10 +402,10 @@ def print_family():
     print("                             parameters                        projec-  attention             LM\n"
           "GPT-2 with d_ff = 4 d_model      untied           tied  TFLOPs   tions       core    FFN    head")
     total = 0
-    for gated in (True, False):
+    for gated in True, False:
         for size, T, N, D, H in GPT2:
             shape = 50257, T, N, D, H, 4 * D, gated
-            untied = sum(parameters(*shape).values())
+            untied = parameters(*shape).total()
             flops = forward_flops(*shape)
             shorter, total = total, flops.total()
             projections, core, ffn, head = flops.values()
@@ -427,25 +419,25 @@ def print_family():
 def print_training(shape, tied=False):
     """Print what training takes: AdamW's memory, the FLOPs of a step, and days."""
     V, T, N, D, H, F, gated = shape
-    P = sum(parameters(*shape, tied).values())
+    P = parameters(*shape, tied).total()
     # The numbers that the forward pass of one sequence keeps for the backward pass, by the handout's list. In a block,
     # for each token: 8 D for two norms, q, k, v, weighted values, output projection and w2; 4 F for w1, SiLU, w3 and
     # the gated product; 2 H T for scores and softmax. Then the last norm, the logits, and the cross-entropy.
-    activations = N * (T * (8 * D + (4 if gated else 2) * F) + 2 * H * T * T) + T * D + 2 * T * V
-    largest_batch = int((memory_gb * 1e9 - 16 * P) // (4 * activations))   # negative if not even the state fits
-    step = training_flops(*shape) * T * batch_size
+    activations = T * (N * (8 * D + (2 + 2 * gated) * F + 2 * H * T) + D + 2 * V)
+    largest_batch = (memory_gb * 1e9 - 16 * P) // (4 * activations)   # negative if not even the state fits
+    step = 3 * forward_flops(*shape).total() * batch_size   # the backward pass has two products for each one
     speed = peak_tflops * 1e12 * mfu   # FLOP/s
     print(f"AdamW in float32, a batch of B sequences; {'gated' if gated else 'ungated'}, "
-          f"{'tied' if tied else 'untied'}, N = {N} layers, D = {D:,}, F = {F:,},")
-    print(f"H = {H} heads, T = {T:,} tokens, vocabulary V = {V:,}")
-    print(f"  parameters   P = {'' if tied else '2 '}V D + N (4 D^2 + {3 if gated else 2} D F + 2 D) + D = {P:,}")
-    print(f"  state        16 P bytes: weights 4, gradients 4, two moments 8     {16 * P / 1e9:>15,.2f} GB")
-    print(f"  activations  4 B (N (T (8 D + {4 if gated else 2} F) + 2 H T^2) + T D + 2 T V) bytes   "
-          f"{4 * activations / 1e9:>12,.2f} GB for B = 1")
-    print(f"  largest batch in {memory_gb:g} GB: {max(0, largest_batch):,}")
-    print(f"  a step of {batch_size:,} sequences, backward twice the forward: {step / 1e12:,.2f} TFLOPs; "
-          f"AdamW's own 14 P: {14 * P / 1e12:.3f}")
-    print(f"  {steps:,} steps at {speed / 1e12:.4g} TFLOP/s: {steps * step / speed / 86400:,.0f} days")
+          f"{'tied' if tied else 'untied'}, N = {N} layers, D = {D:,}, F = {F:,},\n"
+          f"H = {H} heads, T = {T:,} tokens, vocabulary V = {V:,}\n"
+          f"  parameters   P = {'' if tied else '2 '}V D + N (4 D^2 + {2 + gated} D F + 2 D) + D = {P:,}\n"
+          f"  state        16 P bytes: weights 4, gradients 4, two moments 8     {16 * P / 1e9:>15,.2f} GB\n"
+          f"  activations  4 B (N (T (8 D + {2 + 2 * gated} F) + 2 H T^2) + T D + 2 T V) bytes   "
+          f"{4 * activations / 1e9:>12,.2f} GB for B = 1\n"
+          f"  largest batch in {memory_gb:g} GB: {max(0, largest_batch):,.0f}\n"
+          f"  a step of {batch_size:,} sequences, backward twice the forward: {step / 1e12:,.2f} TFLOPs; "
+          f"AdamW's own 14 P: {14 * P / 1e12:.3f}\n"
+          f"  {steps:,} steps at {speed / 1e12:.4g} TFLOP/s: {steps * step / speed / 86400:,.0f} days")
 
 
 def main():

@@ -71,20 +71,19 @@ class StreamedLinear(nn.Module):
     x (B, T, in_features) -> (B, T, out_features).
 
     torch computes the product of a matrix and one vector on one core, at a third of the memory's speed. Here the
-    matrix is cut into blocks of outputs, each stored transposed, so that all cores read: two cores at 85 % of the
-    memory's speed.
+    matrix is stored transposed and cut into blocks of inputs, and the products of the blocks are added up. So all cores
+    read, each of them long rows: a token takes a tenth less time than with blocks of outputs.
     """
 
     def __init__(self, weight):
         super().__init__()
-        # equal blocks, at most two a core; 50,257 has no common factor with these numbers, and stays whole
-        blocks = math.gcd(len(weight), 2 * torch.get_num_threads())
-        # (blocks, in_features, out_features / blocks)
-        self.weight = weight.detach().unflatten(0, (blocks, -1)).mT.contiguous()
+        blocks = math.gcd(weight.size(1), 2 * torch.get_num_threads())   # equal blocks, at most two a core
+        # (blocks, in_features / blocks, out_features)
+        self.weight = weight.detach().T.contiguous().unflatten(0, (blocks, -1))
 
     def forward(self, x):
-        y = x.flatten(0, -2) @ self.weight   # (blocks, vectors, out_features / blocks)
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        pieces = x.reshape(-1, *self.weight.shape[:2]).transpose(0, 1)   # (blocks, vectors, in_features / blocks)
+        return torch.bmm(pieces, self.weight).sum(0).view(*x.shape[:-1], -1)
 
 
 def streamed(module):
