@@ -965,8 +965,8 @@ def test_a_run_resumes_with_its_own_constants_and_what_it_has_lost_is_restored(r
     same_runs("straight", "new")
     for name in "log.csv", "config.json", "vocab.json", "best.pt":
         Path("new", name).unlink()
-    run(f"{resume} --steps=20")
-    assert listing("new") == {".lock", *RESULTS} and rows("new")[-1]["step"] == "20"
+    run(resume)
+    assert listing("new") == {".lock", *RESULTS} and rows("new")[-1]["step"] == "16"
     train.load_run("new")
     shutil.copytree("data", "other")
     shutil.copyfile("data/train.bin", "other/val.bin")
