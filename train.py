@@ -19,8 +19,8 @@ import os
 import time
 STARTED = time.perf_counter()  # before torch is imported: those seconds count towards --max_minutes
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
-# from a second run: two runs on two cores then train half as many tokens together as one run alone. Threads that sleep
-# after 10,000 turns make this 83 %. (After 1,000 turns it is 100 %, but a run alone is 10 % slower.)
+# from a second run: two runs on two cores then train half as many tokens together as one run alone. With threads that
+# sleep after 10,000 turns, they train 83 % as many. (After 1,000 turns 100 %, but a run alone is 10 % slower.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # If one of several processes fails, each of the others would print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -72,10 +72,10 @@ tie_embeddings = False  # one matrix for the token embeddings and the output hea
 residual_gain = 1.0     # factor of each block's initial output matrices; below 1, a block starts close to the identity
 optimizer = "adamw"     # adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest
 lr = 3e-3               # AdamW's peak learning rate
-embedding_scale = 1.0   # the rate of the token embeddings, as a multiple of lr; 30 works well with Muon; not if tied
+embedding_scale = 1.0   # token embeddings have this multiple of lr, unless they are tied; 30 works well with Muon
 muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in step with lr
 min_lr = 3e-5           # where lr ends
-warmup_steps = 50       # steps of linear warm-up; a run of fewer than twice as many warms up over its first tenth
+warmup_steps = 50       # steps of linear warm-up; in a run of fewer than twice as many steps, a tenth of its steps
 beta1 = 0.9             # AdamW's memory of the mean gradient
 beta2 = 0.99            # AdamW's memory of the mean squared gradient; 0.95 forgets too fast for batches this small
 eps = 1e-8              # added to AdamW's denominator
@@ -85,7 +85,7 @@ grad_clip = 1.0         # largest norm of the whole gradient; 0: never clip
 batch_size = 8          # sequences per optimiser step, over all processes
 grad_accum = 1          # parts that each process cuts its share of the batch into: the same step in less memory
 steps = 1000            # optimiser steps; the learning rate reaches min_lr at the last
-max_minutes = 0.0       # above 0: train for this many minutes of wall-clock time, all included, instead of for `steps`
+max_minutes = 0.0       # above 0: train for this many minutes in all, start-up and evaluations included, not for `steps`
 eval_interval = 250     # steps between evaluations; each ends with a checkpoint
 eval_batches = 16       # batches of batch_size sequences per evaluation: always the same, spread evenly over val.bin
 log_interval = 20       # steps between rows of log.csv; their losses are means over the steps since the row before
@@ -191,7 +191,7 @@ class Rule(torch.optim.Optimizer):
     """What SGD, AdamW and Muon share: a step calls update(p, g, state, ...) for every parameter p with a gradient g.
 
     `state` (dict) is what the rule remembers of p. The other arguments are the options of p's group, such as lr, and t,
-    which counts the steps from 1. Each rule names those that it uses.
+    the number of the step, from 1. Each rule names those that it uses; the others end in `more`.
     """
 
     def __init__(self, params, **options):
@@ -227,8 +227,8 @@ class AdamW(Rule):
     Raises ValueError for values out of range.
     """
 
-    # True: update calls torch's one kernel, which reads and writes every number once, instead of the four lines at its
-    # end. At the handout's shape, on two cores, the kernel takes 10 ms of a step of 700, and the lines 66.
+    # True: update calls torch's one kernel, which reads and writes every number once. False, as in a test: the four
+    # lines at its end. At the handout's shape, on two cores, the kernel takes 10 ms of a step of 700, and the lines 66.
     fused = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -236,9 +236,15 @@ class AdamW(Rule):
                 f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, the betas {betas} in [0, 1)")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
+    def add_param_group(self, group):
+        """m and v begin at 0 (Muon's matrices have no v), and are there at once: so the first checkpoint of a run is as
+        large as its last.
+        """
+        super().add_param_group(group)
+        for p in group["params"]:
+            self.state[p] = {name: torch.zeros_like(p) for name in ("m" if "momentum" in group else "mv")}
+
     def update(self, p, g, state, lr, betas, eps, weight_decay, t, **more):
-        if not state:
-            state.update(m=torch.zeros_like(p), v=torch.zeros_like(p))
         m, v, (beta1, beta2) = state["m"], state["v"], betas
         if self.fused:
             return torch._fused_adamw_(
@@ -255,9 +261,9 @@ class AdamW(Rule):
 # direction on which the gradients agree then gets a step of the same length, where otherwise a few large ones drown the
 # rest (Jordan et al. 2024). A singular value decomposition would be slow. Instead, polynomials a s + b s^3 + c s^5 of
 # the whole matrix, which take nothing but products, drive every singular value s towards 1. Below are the (a, b, c) of
-# each. The first polynomial is the best approximation of 1 on [0.004, 1]; each later one is the best on what those
-# before it make of that interval, widened by 5 % against rounding (Amsel et al. 2025, "The Polar Express"). These four
-# do what five equal ones did (Jordan et al. 2024), in four fifths of the time.
+# each. The first polynomial is fitted to 1 on [0.004, 1], and takes these s to a narrower interval around 1. The next
+# one is fitted on that interval, and so on; each interval is widened by 5 % against rounding (Amsel et al. 2025, "The
+# Polar Express"). These four do what five equal ones did (Jordan et al. 2024), in four fifths of the time.
 NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
                  (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
@@ -284,8 +290,8 @@ def whole(tensor):
 
 
 class Muon(AdamW):
-    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum, a tall one by
-    the root of its height over its width more (Jordan et al. 2024). Without such groups it is AdamW.
+    """AdamW, except that groups with a `momentum` move their matrices along the orthogonalised momentum. The step of a
+    matrix that is taller than wide is longer, by the root of height / width (Jordan et al. 2024).
     """
 
     dtype = torch.float32   # of the products in orthogonalise
@@ -293,8 +299,6 @@ class Muon(AdamW):
     def update(self, p, g, state, lr, weight_decay, momentum=0, **more):
         if not momentum:
             return super().update(p, g, state, lr, weight_decay=weight_decay, **more)
-        if not state:
-            state["m"] = torch.zeros_like(p)
         m = state["m"].lerp_(g, 1 - momentum)
         # Nesterov's form, which looks one step ahead: momentum * m + (1 - momentum) * g rather than m
         move = orthogonalise(whole(g.lerp(m, momentum)), self.dtype)
@@ -439,8 +443,8 @@ def shard_model(model, kind):
 
 
 def sharding():
-    """The context of a sharded run: in it, operations take sharded tensors together with whole ones, of which every
-    process has the same copy.
+    """The context of a sharded run: in it, an operation may take sharded tensors together with whole ones, which must
+    be equal in all processes.
     """
     if not shard:
         return nullcontext()
@@ -450,8 +454,8 @@ def sharding():
 
 @contextmanager
 def one_voice():
-    """Of several processes, let rank 0 print, and only one tell its error: a process that fails waits before it does,
-    the longer the higher its rank, and torchrun ends all others when the first one ends.
+    """Of several processes, let rank 0 print, and only one tell its error. A process that fails waits first, the longer
+    the higher its rank; the first one that ends tells its error, and torchrun ends the others.
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -527,7 +531,7 @@ def draw_curves(logs, name):
 
 def duration(seconds):
     """Hours, minutes and seconds, as in 0:02:05."""
-    return datetime.timedelta(seconds=int(max(0, seconds)))
+    return datetime.timedelta(seconds=int(seconds))
 
 
 def best_row(log):
@@ -571,7 +575,7 @@ def compare_runs():
 # ---------------------------------------------------------------------------------------------------------------- a run
 
 def adopt(known, names, source, free=MAY_CHANGE):
-    """Insert these constants of another run before the flags of the command line, which therefore win.
+    """Insert these constants of a run before the flags of the command line, which therefore win.
     Raises UsageError for a flag that contradicts one, unless it is free to change.
     """
     sys.argv[1:1] = [f"--{name}={known[name]}" for name in names]
@@ -675,8 +679,7 @@ def load_data(saved, parent):
 
 
 def build(vocab_size, chip, precision, parent):
-    """The model, with new weights or the parent's, and its optimiser (`rule`), as the constants want them, on a device.
-    """
+    """The model on its device, with new weights or the parent's, and its optimiser (`rule`)."""
     torch.manual_seed(seed)
     model = TransformerLM(vocab_size, **{name: globals()[name] for name in SHAPE})
     with torch.no_grad():
@@ -708,7 +711,7 @@ def prepare_folder(config, tokenizer, log, resumed):
         for name in old:
             os.rename(f"{here}/{name}", f"{here}.{number}/{name}")
         print(f"{out_dir} held a run: it is in {os.path.basename(here)}.{number} now")
-    elif resumed and old < RESULTS:
+    elif best_row(log) and old < RESULTS:
         print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
@@ -833,8 +836,8 @@ def main():
             return earlier + time.perf_counter() - STARTED
 
         def horizon_at(seconds):
-            """The step at which the run ends. With --max_minutes, as many steps are left as fit into the time that is
-            left, at the mean pace so far, start-up included.
+            """The step at which the run ends. With --max_minutes it is an estimate: in `seconds` it took `step` steps,
+            so in all its time (`budget`) it takes step * budget / seconds. So the rate falls with the clock.
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
@@ -848,9 +851,10 @@ def main():
                 draw_curves({out_dir: log}, "curves.svg")
 
         save()
-        if compile:
+        if compile and (max_minutes or step < steps):
             compile_model(model, *windows(train_tokens, 0 * parts[0], context_length, chip))
-        # An evaluation and a second checkpoint show now how long they will take at the end, and that there is room.
+        # An evaluation, whose result is not used, and a second checkpoint show how long they will take at the end, and
+        # that there is room for them.
         begin = clock()
         evaluate(model, val_tokens, parts, chip)
         save()
@@ -882,7 +886,7 @@ def main():
 
             # when another step as long as this one would end, and whether any process has caught a signal or an error
             next_end, stop = largest(2 * clock() - begin, len(caught))
-            horizon = horizon_at(next_end)   # with --max_minutes, the rate falls with the clock
+            horizon = horizon_at(next_end)
             evaluating = step >= horizon or step % eval_interval == 0
             estimating = max_minutes and step == 5
             if not (evaluating or estimating or stop or step % log_interval == 0 or step == 1):
@@ -893,8 +897,8 @@ def main():
             train_loss, norm = (sums / (step - row_step)).tolist()
             sums.zero_()
             seconds = clock()
-            pace = (seconds - row_end) / (step - row_step)
-            left = budget - seconds if max_minutes else pace * (steps - step)
+            pace = (seconds - row_end) / (step - row_step)   # seconds a step
+            left = max(0, budget - seconds) if max_minutes else pace * (steps - step)
             total = step + left / pace
             if estimating:   # the pace without start-up and compilation tells how many steps it will be
                 warmup = shorter_warmup(*largest(total))
@@ -910,15 +914,16 @@ def main():
                     caught.append(error)
 
             # save
+            row_step, row_end = step, clock()   # evaluations do not count into the speed, but into the time
             if evaluating or stop:
                 save()
-            row_step, row_end = step, clock()   # evaluations do not count into the speed, but into the time
-            horizon = min(horizon, horizon_at(*largest(row_end)))
+                row_end = clock()
+                horizon = min(horizon, horizon_at(*largest(row_end)))   # the evaluation may have used up the time
 
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         else:
-            files = f"; best.pt and curves.svg are in {out_dir}" * bool(log)
+            files = f"; best.pt and curves.svg are in {out_dir}" * bool(best_row(log))
             print(summary(log, config["val_bytes_per_token"]) + files)
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
