@@ -260,7 +260,7 @@ def test_a_broken_tokenizer_is_refused_by_the_name_of_its_file(line):
 # a command line, its exit status, what it says in one line
 REFUSED = """
 bpe.py --help                                           0  worker processes; 0: one for each core
-bpe.py --vocab_size=300 --vocab_size=256                2  --vocab_size=256: choose 257
+bpe.py --vocab_size=300 --vocab_size=256                2  vocab_size=256: choose 257
 bpe.py --vocab_size=1e3                                 2  invalid int value
 bpe.py --vocab_size=                                    2  invalid int value
 bpe.py --vocab_size=9223372036854775808                 2  --vocab_size: 9223372036854775808
