@@ -171,10 +171,9 @@ def kind_of_byte(text):
     """The kind of the character that each byte of valid UTF-8 belongs to: (len(text),) uint8."""
     byte = np.frombuffer(text, np.uint8)
     kinds = kind_of_code_point().take(byte)
-    if not text.isascii():
-        wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
-        points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
-        kinds[byte > 127] = kind_of_code_point()[np.minimum(points, 0x3FFFF)][np.cumsum(wide >= 0xC0) - 1]
+    wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
+    points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
+    kinds[byte > 127] = kind_of_code_point()[np.minimum(points, 0x3FFFF)][np.cumsum(wide >= 0xC0) - 1]
     return kinds
 
 
@@ -205,9 +204,9 @@ def pretokenise(text, special):
     >>> [text[place:place + length] for place, length in zip(*pretokenise(text, special_pattern([])))]
     [b'We', b"'ve", b' ', b' 2', b' dogs']
     """
-    padded = text + b"\0\0"   # two bytes more, so that looking ahead stays inside
+    padded = text + b"\0"   # a byte more, so that looking ahead stays inside
     byte, kinds = np.frombuffer(padded, np.uint8), kind_of_byte(padded)
-    kinds[-2:] = SPECIAL
+    kinds[-1] = SPECIAL
     for i, match in enumerate(special.finditer(text)):
         kinds[match.start():match.end()] = SPECIAL + i % 2   # so that two in a row differ
 
@@ -346,8 +345,7 @@ def start_worker(function):
     task_of_worker = function
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: multiprocessing.connection.wait([parent]) and os._exit(1), daemon=True).start()
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
 
 def run_task(task):
@@ -519,9 +517,15 @@ class Segmentation:
 
 def weight_of_cells(counts):
     """How often the word of each cell occurs, in a Segmentation of the words of counts (dict[bytes, int])."""
-    occurs = np.fromiter(counts.values(), np.int64)
-    small = occurs.astype(np.min_scalar_type(-occurs.max(initial=1)))   # mostly int32: half the memory
-    return np.repeat(small, [len(word) + 1 for word in counts])
+    small = np.min_scalar_type(~max(counts.values(), default=0))   # mostly int32: half the memory
+    return np.repeat(np.fromiter(counts.values(), small), [len(word) + 1 for word in counts])
+
+
+class Descending(tuple):
+    """A pair of tokens (bytes) that sorts in the opposite order: a heap gives the least, and the greatest is wanted."""
+
+    def __lt__(self, other):
+        return self > other
 
 
 def learn_merges(counts, num_merges):
@@ -542,25 +546,22 @@ def learn_merges(counts, num_merges):
     weight = weight_of_cells(counts)
     counts.clear()
     vocab, merges, heap, floor = list(BYTES), [], [], 0
-    # For each token a string that sorts in the opposite order of its bytes. The mark at its end puts b"ab" before b"a".
-    descending = [chr(255 - byte) + "\u0100" for byte in range(256)]
 
     with phase("merging pairs"):
         while len(merges) < num_merges and (heap or floor != 1):
             if not heap:
                 floor, places = 0, corpus.begins()
             else:
-                bound, descends, left, right, places = heapq.heappop(heap)
+                bound, pair, left, right, places = heapq.heappop(heap)
                 places = places[corpus.pairs(places) == left << 32 | right]
                 occurs = int(weight[places].sum())
                 if occurs < -bound:
                     if occurs >= floor:
-                        heapq.heappush(heap, (-occurs, descends, left, right, places))
+                        heapq.heappush(heap, (-occurs, pair, left, right, places))
                     continue
                 new = len(vocab)
-                merges.append((vocab[left], vocab[right]))
-                vocab.append(vocab[left] + vocab[right])
-                descending.append(descending[left][:-1] + descending[right])
+                merges.append(tuple(pair))
+                vocab.append(b"".join(pair))
                 corpus.lengths[new] = len(vocab[new])
                 places = corpus.merge_all(left, right, new, places)
                 progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
@@ -569,7 +570,7 @@ def learn_merges(counts, num_merges):
             floor = floor or max(1, int(occurs.max(initial=0)) // 8)
             for i in np.flatnonzero(occurs >= floor).tolist():
                 left, right = divmod(int(pairs[i]), 1 << 32)
-                heapq.heappush(heap, (-int(occurs[i]), descending[left] + descending[right], left, right,
+                heapq.heappush(heap, (-int(occurs[i]), Descending((vocab[left], vocab[right])), left, right,
                                       places[bounds[i]:bounds[i + 1]]))
     return merges
 
@@ -588,7 +589,7 @@ def to_visible(token):
     >>> to_visible(b" the") == "\u0120the"
     True
     """
-    return "".join([CHARACTERS[byte] for byte in token])
+    return token.decode("latin-1").translate(CHARACTERS)
 
 
 def made_by(merges):
@@ -615,10 +616,10 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, special_tokens=None):
-        self.vocab, self.merges, self.numbers = dict(vocab), list(merges), made_by(merges)
-        ids = {token: number for number, token in self.vocab.items()}
-        if wrong := {*range(len(self.vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
-            raise InputError(f"{len(self.vocab)} tokens must have the ids 0 to {len(self.vocab) - 1} and all differ: "
+        self.merges, self.numbers = list(merges), made_by(merges)
+        ids = {token: number for number, token in vocab.items()}
+        if wrong := {*range(len(vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
+            raise InputError(f"{len(vocab)} tokens must have the ids 0 to {len(vocab) - 1} and all differ: "
                              f"{min(wrong)} is missing, too large, or belongs to a token that is listed twice")
         if missing := self.numbers.keys() - ids.keys():
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
@@ -627,7 +628,7 @@ class Tokenizer:
             require(token.isascii() or not {*CHARACTERS} >= {*token},
                     f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
                     "look whether its merges.txt is cut short")
-        self.vocab.update({number: token for token, number in ids.items()})
+        self.vocab = {number: token for token, number in ids.items()}
 
         self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
         # For each token in the order of `numbers`: its id and its length. For each merge: its pair.
@@ -638,8 +639,7 @@ class Tokenizer:
         self.sorted_pairs = self.pairs[self.order]
         self.special_ids = {token: self.dtype.type(ids[token]).tobytes() for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
-        # word: its token ids, as bytes; and how many bytes all these words have
-        self.cache, self.cached = dict(self.special_ids), 0
+        self.cached = np.inf   # bytes of words in the cache of encode_words, which makes a new one when they are many
 
     @classmethod
     def untrained(cls, special_tokens, vocab_size):
@@ -743,7 +743,7 @@ class Tokenizer:
                 note(corpus.merge_all(*divmod(pair, 1 << 32), new, places[corpus.pairs(places) == pair]))
 
     def encode_words(self, words):
-        """The token ids of each word or special token in a list, as bytes of self.dtype."""
+        """The token ids of each word or special token in a list, as bytes of self.dtype. Remembers them."""
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
         new = sorted({word for word in words if word not in self.cache}, key=len)   # of like length: like many rounds
@@ -788,20 +788,16 @@ class Tokenizer:
                 enough = 8192 + 2 * len(text)
         yield from self.encode(text.decode())
 
-    def encode_part(self, text_path, start, stop, bin_path, num_processes):
-        """Encode bytes start..stop of a file (None: to its end); return the number of ids."""
-        with open(bin_path, "wb") as file:
-            file.writelines(in_blocks("encoding", self.encode_bytes, text_path, self.cut, start, stop, num_processes))
-            return file.tell() // self.dtype.itemsize
-
-    def encode_file(self, text_path, bin_path, num_processes=0):
+    def encode_file(self, text_path, bin_path, num_processes=0, start=0, stop=None):
         """Encode a UTF-8 file into a file of raw little-endian ids, which is replaced as a whole; return their number.
 
         uint16 for up to 65,536 tokens in the vocabulary, else uint32. Uses num_processes (0: one for each core) and
-        memory that does not grow with the file. Malformed bytes count as U+FFFD.
+        memory that does not grow with the file. Malformed bytes count as U+FFFD. Only bytes start..stop of the file
+        count, where given.
         """
-        with replacing(bin_path) as temporary:
-            return self.encode_part(text_path, 0, None, temporary, num_processes)
+        with replacing(bin_path) as temporary, open(temporary, "wb") as file:
+            file.writelines(in_blocks("encoding", self.encode_bytes, text_path, self.cut, start, stop, num_processes))
+            return file.tell() // self.dtype.itemsize
 
     def decode(self, ids):
         """The text of token ids; bytes that are not UTF-8 become U+FFFD. Raises InputError for an unknown id."""
@@ -1014,8 +1010,9 @@ def real_paths(paths):
 
 
 def own_files():
-    """The files that this program writes into data_dir, and their temporary names."""
-    return real_paths(Path(data_dir, name + end) for name in (*OUTPUTS, "corpus.txt") for end in ("", ".tmp"))
+    """The files that this run writes into data_dir, and their temporary names."""
+    names = OUTPUTS if os.path.isfile(data) else (*OUTPUTS, "corpus.txt")
+    return real_paths(Path(data_dir, name + end) for name in names for end in ("", ".tmp", ".tmp.tmp"))
 
 
 def find_text(folder, document_end):
@@ -1072,7 +1069,7 @@ def check_flags():
     corpus = Path(data_dir) / "corpus.txt"
     require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
             f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
-    require(not real_paths([data, val_data]) & own_files() - real_paths([corpus]),
+    require(not real_paths([data, val_data]) & own_files(),
             f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
     return tokenizer
 
@@ -1095,12 +1092,12 @@ def main():
         with replacing_together(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
             for path, content in zip(tables_tmp, contents):
                 path.write_bytes(content)
-            train_tokens = tokenizer.encode_part(text, 0, train_stop, train_bin, num_processes)
+            train_tokens = tokenizer.encode_file(text, train_bin, num_processes, 0, train_stop)
             speed = train_stop / 1e6 / SECONDS["encoding"]
-            held_out = (val_data, 0, os.path.getsize(val_data)) if val_data else (text, train_stop, size)
-            val_tokens = tokenizer.encode_part(*held_out, val_bin, num_processes)
+            val_text, *part = (val_data, 0, os.path.getsize(val_data)) if val_data else (text, train_stop, size)
+            val_tokens = tokenizer.encode_file(val_text, val_bin, num_processes, *part)
 
-    val_size = held_out[2] - held_out[1]
+    val_size = part[1] - part[0]
     print(f"text: {text}, {train_stop / 1e6:.1f} MB to train on, {val_size / 1e6:.1f} MB for validation; "
           f"{MALFORMED['encoding']} malformed places, read as U+FFFD")
     if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
