@@ -204,11 +204,13 @@ def pretokenise(text, special):
     >>> [text[place:place + length] for place, length in zip(*pretokenise(text, special_pattern([])))]
     [b'We', b"'ve", b' ', b' 2', b' dogs']
     """
-    padded = text + b"\0"   # a byte more, so that looking ahead stays inside
+    padded = bytearray(text + b"\0")   # a byte more, so that looking ahead stays inside
     byte, kinds = np.frombuffer(padded, np.uint8), kind_of_byte(padded)
     kinds[-1] = SPECIAL
     for i, match in enumerate(special.finditer(text)):
-        kinds[match.start():match.end()] = SPECIAL + i % 2   # so that two in a row differ
+        place = slice(*match.span())
+        kinds[place] = SPECIAL + i % 2   # so that two in a row differ
+        byte[place] = 0                  # so that no contraction is found there
 
     # 1. A word begins where the kind changes.
     begins = changes(kinds)
@@ -218,14 +220,13 @@ def pretokenise(text, special):
     last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] < SPECIAL))   # its last byte
     begins[last + 1] = byte[last] != ord(" ")
     for _ in range(2):   # U+00A0, U+3000 and others have two or three bytes: go back to the first one
-        last = last - (byte[last] & 0xC0 == 0x80)
+        last -= byte[last] & 0xC0 == 0x80
     begins[last] = True
 
-    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them. (Not
-    # where a special token has some of these bytes.)
-    spans = [match.span() for match in CONTRACTION.finditer(text)]
+    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them.
+    spans = [match.span() for match in CONTRACTION.finditer(padded)]
     starts, stops = np.array(spans, np.intp).reshape(-1, 2).T
-    holds = begins[starts] & (kinds[[starts, starts + 1, stops - 1]] < SPECIAL).all(axis=0)
+    holds = begins[starts]
     begins[starts[holds] + 1] = False
     begins[stops[holds]] = True
 
@@ -253,13 +254,12 @@ def distinct_words(text, special):
     rows = at_each_byte[places].view(np.uint8).reshape(-1, 16)                    # (W, 16)
     # Row n of this triangle is n zeros, then 0xFF.
     rows |= (np.tri(17, 16, -1, np.uint8) - 1).take(lengths, 0, mode="clip")
-    low, high = rows.view("<u8").T   # the row as two numbers
+    low, high = rows.view("<i8").T   # the row as two numbers
     low[long] = places[long]         # a long word differs from all others
     # Sort by the upper half of a hash, so that equal words become neighbours. The lower half is the word's index: then
     # np.sort does the work of np.argsort in a third of the time.
-    hashes = low * 0x9E3779B97F4A7C15 ^ high * 0xC2B2AE3D27D4EB4F
-    keys = np.sort(hashes >> 32 << 32 | np.arange(len(places), dtype=np.uint64))
-    order = (keys & 0xFFFFFFFF).astype(np.intp)
+    hashes = low * 0x1E3779B97F4A7C15 ^ high * 0x42B2AE3D27D4EB4F
+    order = np.sort(hashes >> 32 << 32 | np.arange(len(places))) & 0xFFFFFFFF
     # Neighbours are compared exactly. If two words share a hash, they may alternate: then a word is listed more than
     # once, but never wrongly.
     first = changes(low[order]) | changes(high[order])
