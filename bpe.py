@@ -79,7 +79,8 @@ def special_pattern(specials):
     Raises InputError for an empty one.
     """
     require(b"" not in specials, "a special token is empty text, which matches everywhere: leave it out")
-    longest_first = sorted(specials, key=len, reverse=True) or [b"\xff"]   # a byte that UTF-8 never has: no match
+    # In this order a longer one comes before its own beginning. The byte 0xFF, which UTF-8 never has, matches nothing.
+    longest_first = sorted(specials, reverse=True) or [b"\xff"]
     return re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")")
 
 
@@ -746,7 +747,7 @@ class Tokenizer:
         """The token ids of each word or special token in a list, as bytes of self.dtype. Remembers them."""
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
-        new = sorted({word for word in words if word not in self.cache}, key=len)   # of like length: like many rounds
+        new = sorted({*words}.difference(self.cache), key=len)   # of like length: like many rounds
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group, self.lengths)
@@ -1081,8 +1082,7 @@ def main():
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
         document_end = [*tokenizer.special_ids, b"\n"][0]
         text = find_text(folder, document_end)
-        size = text.stat().st_size
-        train_stop = size if val_data else start_of_held_out(text, tokenizer, document_end)
+        train_stop = os.path.getsize(text) if val_data else start_of_held_out(text, tokenizer, document_end)
         if not tokenizer_dir:
             specials = tokenizer.special_tokens
             tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
@@ -1094,10 +1094,10 @@ def main():
                 path.write_bytes(content)
             train_tokens = tokenizer.encode_file(text, train_bin, num_processes, 0, train_stop)
             speed = train_stop / 1e6 / SECONDS["encoding"]
-            val_text, *part = (val_data, 0, os.path.getsize(val_data)) if val_data else (text, train_stop, size)
-            val_tokens = tokenizer.encode_file(val_text, val_bin, num_processes, *part)
+            val_text, val_start = (val_data, 0) if val_data else (text, train_stop)
+            val_tokens = tokenizer.encode_file(val_text, val_bin, num_processes, val_start)
 
-    val_size = part[1] - part[0]
+    val_size = os.path.getsize(val_text) - val_start
     print(f"text: {text}, {train_stop / 1e6:.1f} MB to train on, {val_size / 1e6:.1f} MB for validation; "
           f"{MALFORMED['encoding']} malformed places, read as U+FFFD")
     if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
