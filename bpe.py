@@ -184,9 +184,7 @@ def changes(values):
     >>> changes(np.array([5, 5, 7])).tolist()
     [True, False, True]
     """
-    differ = np.ones(len(values), bool)
-    differ[1:] = values[1:] != values[:-1]
-    return differ
+    return values != np.concatenate((~values[:1], values[:-1]))   # the first one differs from its own complement
 
 
 def pretokenise(text, special):
@@ -252,7 +250,7 @@ def distinct_words(text, special):
     long = lengths > 15
     # A row of 16 bytes for each word: its own bytes, then 0xFF, which UTF-8 never has.
     at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: nothing is copied
-    rows = at_each_byte[places].view(np.uint8).reshape(-1, 16)                    # (W, 16)
+    rows = at_each_byte[places].view("16u1")                                      # (W, 16) uint8
     # Row n of this triangle is n zeros, then 0xFF.
     rows |= (np.tri(17, 16, -1, np.uint8) - 1).take(lengths, 0, mode="clip")
     low, high = rows.view("<i8").T   # the row as two numbers
@@ -638,7 +636,8 @@ class Tokenizer:
         self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
         self.order = np.argsort(self.pairs)
         self.sorted_pairs = self.pairs[self.order]
-        self.special_ids = {token: self.dtype.type(ids[token]).tobytes() for token in map(utf8, self.special_tokens)}
+        self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
+                            for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
         self.cached = np.inf   # bytes of words in the cache of encode_words, which makes a new one when they are many
 
@@ -891,8 +890,8 @@ def one_line_errors():
     the program, and shows its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):   # None where the caller has closed it
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, mode))
+    for name in "stdin", "stdout", "stderr":   # None where the caller has closed it
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w+"))
     sys.stdout.reconfigure(errors="replace")   # a terminal that lacks a character shows a question mark
     try:
         yield
@@ -931,8 +930,8 @@ def replacing_together(*paths):
                 os.fsync(file.fileno())   # the bytes reach the disk before the name does, even in a power cut
         if len(paths) > 1:
             paths[0].unlink(missing_ok=True)
-        for temporary, path in [*zip(temporaries, paths)][::-1]:
-            os.replace(temporary, path)
+        for pair in reversed([*zip(temporaries, paths)]):
+            os.replace(*pair)
     except OSError as error:
         if error.errno:   # a full disk does not say which file it could not take
             error.filename = error.filename or " or ".join(map(str, paths))
