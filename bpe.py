@@ -12,7 +12,7 @@ of Python's standard library. This file in its order:
 1. Pre-tokens: a pattern cuts the text into words. Everything else happens inside these words.
 2. BPE, the definition: training and encoding in forty plain lines. You may stop there and know BPE.
 3. to 7. The same, a hundred times as fast: pre-tokens at array speed, the distinct words of a text, all cores,
-   training, and the Tokenizer.
+   learning merges, the Tokenizer, and training from a file.
 8. Flags, errors and files, for all four scripts.
 
 Needs numpy and regex. Imports neither torch nor another file of this project.
@@ -60,7 +60,7 @@ BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one tas
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 1 << 13     # bytes above which Tokenizer.replay merges a word
 CACHE = 3 << 24    # bytes of words whose token ids a tokenizer remembers
-NEVER = 2 ** 63 - 1                                # above all pairs, and above the key of each pair that can merge
+NEVER = 2 ** 63 - 1                                # Tokenizer.merge_words: above all pairs and all their keys
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
 
@@ -408,20 +408,23 @@ def progress(*words):
 
 
 def on_block(function, path, block):
-    """function(text) of bytes start..stop of a file, block, as valid UTF-8, with U+FFFD for what was malformed there.
+    """function(text) of a block of a file, (start, stop), and how many malformed places it has.
 
-    Returns the result, and how many malformed places there were.
+    text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
     """
     start, stop = block
     with open(path, "rb") as file:
         file.seek(start)
         raw = file.read(stop - start)
     text = raw.decode(errors="replace").encode()
-    return function(text), text.count("\ufffd".encode()) - raw.count("\ufffd".encode())
+    return function(text), text.count(b"\xef\xbf\xbd") - raw.count(b"\xef\xbf\xbd")   # U+FFFD
 
 
 def in_blocks(name, function, path, cut, start, stop, num_processes):
-    """Yield function(text) of each block of bytes start..stop of a file (None: to its end), in order, from all cores."""
+    """Yield function(text) of each block of bytes start..stop of a file, in order, from all cores.
+
+    stop None: to the end.
+    """
     with mapped(path) as text:
         blocks = [*pieces(text, cut, BLOCK, start, stop or len(text))]
     with phase(name):
@@ -438,8 +441,8 @@ class Segmentation:
     """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
 
     first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; if none ends there, its
-    value means nothing. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered as in made_by: bytes, then
-    merges in the order learnt. "low" and "lo" after the merge of o w:
+    value means nothing. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered: the bytes, then what
+    the merges make, in the order learnt. "low" and "lo" after the merge of o w:
 
         cell      0    1    2    3    4    5    6    7
         word           l    o    w         l    o
@@ -451,7 +454,7 @@ class Segmentation:
     """
 
     def __init__(self, words, lengths):
-        """words: bytes objects, UTF-8. lengths: the bytes of each token, and at the end a 1, which stands for token -1."""
+        """words: bytes objects, UTF-8. lengths: the bytes of each token, and at the end a 1 for the token -1."""
         # 0xFF marks the gaps, as UTF-8 never has it.
         token_of_byte = np.int32([*range(255), -1])
         self.first = token_of_byte[np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)]
@@ -574,7 +577,7 @@ def learn_merges(counts, num_merges):
     return merges
 
 
-# ----------------------------------------------------------------------------------------- 7. encoding, decoding, files
+# ------------------------------------------------------------------------------- 7. encoding, decoding, files, training
 
 # GPT-2 writes a byte as one visible character: itself if it is one in Latin-1, else the next of U+0100, U+0101, ...
 # (a space is U+0120).
@@ -592,7 +595,7 @@ def to_visible(token):
 
 
 def made_by(merges):
-    """The tokens that are bytes or made by a merge, numbered in this order: dict[bytes, int].
+    """The tokens that are bytes or made by a merge, numbered as in Segmentation: dict[bytes, int].
 
     Raises InputError if the merges are out of order.
     """
@@ -634,7 +637,7 @@ class Tokenizer:
         self.ids = np.array([ids[token] for token in self.numbers], self.dtype)
         self.lengths = np.array([*map(len, self.numbers), 1])
         self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
-        self.order = np.argsort(self.pairs)
+        self.order = np.argsort(self.pairs)   # NEVER, the last one, is above all that merge_words looks for
         self.sorted_pairs = self.pairs[self.order]
         self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
                             for token in map(utf8, self.special_tokens)}
@@ -709,14 +712,14 @@ class Tokenizer:
 
         One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
         """
-        key = np.full(len(corpus.first), NEVER)   # of the pair that begins at a cell: rank << 32 | cell
-        gaps = np.flatnonzero(corpus.last < 0)          # before words that are not done, and the last one
+        key = np.full(len(corpus.first), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
+        gaps = np.flatnonzero(corpus.last < 0)     # before words that are not done, and the last one
         changed = corpus.begins()
         while len(gaps):
             pairs = corpus.pairs(changed)
             ranks = self.order[np.searchsorted(self.sorted_pairs, pairs)]
             key[changed] = np.where(self.pairs[ranks] == pairs, ranks << 32 | changed, NEVER)
-            best = np.minimum.reduceat(key, gaps)       # from gap to gap: words that are done have no rank
+            best = np.minimum.reduceat(key, gaps)  # from gap to gap: words that are done have no rank
             mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
@@ -780,8 +783,7 @@ class Tokenizer:
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
-                # All but the last two pieces: where the last one begins, a special token may lie that ends in the next
-                # item.
+                # All but the last two pieces: a special token that the next item ends may lie between these two.
                 stop = [0, *(start for start, _ in pieces(text, self.cut, size, 0, len(text)))][-2]
                 yield from self.encode(text[:stop].decode())
                 text = text[stop:]
@@ -1058,7 +1060,7 @@ def peak_memory():
 
 
 def check_flags():
-    """Refuse flags that make no sense; return a tokenizer with the special tokens that they name, and without merges."""
+    """Refuse flags that make no sense; return a tokenizer without merges, with the special tokens that they name."""
     require(data_dir, "--data_dir is empty: name a folder")
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data:
