@@ -830,6 +830,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
                           num_processes):
         for word, occurs in zip(*part):
             counts[word] += occurs
+    del part   # the last one: 10 MB less at the peak, which follows
     for token in plain.special_ids:
         counts.pop(token, None)
     merges = learn_merges(counts, vocab_size - len(plain.vocab))
