@@ -12,7 +12,7 @@ of Python's standard library. This file in its order:
 1. Pre-tokens: a pattern cuts the text into words. Everything else happens inside these words.
 2. BPE, the definition: training and encoding in forty plain lines. You may stop there and know BPE.
 3. to 7. The same, a hundred times as fast: pre-tokens at array speed, the distinct words of a text, all cores,
-   training, and the Tokenizer.
+   learning merges, the Tokenizer, and training from a file.
 8. Flags, errors and files, for all four scripts.
 
 Needs numpy and regex. Imports neither torch nor another file of this project.
@@ -60,7 +60,7 @@ BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one tas
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 1 << 13     # bytes above which Tokenizer.replay merges a word
 CACHE = 3 << 24    # bytes of words whose token ids a tokenizer remembers
-NEVER = 2 ** 31 - 1                                # the rank of a pair that no merge joins
+NEVER = 2 ** 63 - 1                                # Tokenizer.merge_words: above all pairs and all their keys
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
 
@@ -79,7 +79,8 @@ def special_pattern(specials):
     Raises InputError for an empty one.
     """
     require(b"" not in specials, "a special token is empty text, which matches everywhere: leave it out")
-    longest_first = sorted(specials, key=len, reverse=True) or [b"\xff"]   # a byte that UTF-8 never has: no match
+    # In this order a longer one comes before its own beginning. The byte 0xFF, which UTF-8 never has, matches nothing.
+    longest_first = sorted(specials, reverse=True) or [b"\xff"]
     return re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")")
 
 
@@ -171,10 +172,9 @@ def kind_of_byte(text):
     """The kind of the character that each byte of valid UTF-8 belongs to: (len(text),) uint8."""
     byte = np.frombuffer(text, np.uint8)
     kinds = kind_of_code_point().take(byte)
-    if not text.isascii():
-        wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
-        points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
-        kinds[byte > 127] = kind_of_code_point()[np.minimum(points, 0x3FFFF)][np.cumsum(wide >= 0xC0) - 1]
+    wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
+    points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
+    kinds[byte > 127] = kind_of_code_point()[np.minimum(points, 0x3FFFF)][np.cumsum(wide >= 0xC0) - 1]
     return kinds
 
 
@@ -184,9 +184,7 @@ def changes(values):
     >>> changes(np.array([5, 5, 7])).tolist()
     [True, False, True]
     """
-    differ = np.ones(len(values), bool)
-    differ[1:] = values[1:] != values[:-1]
-    return differ
+    return values != np.concatenate((~values[:1], values[:-1]))   # the first one differs from its own complement
 
 
 def pretokenise(text, special):
@@ -205,11 +203,13 @@ def pretokenise(text, special):
     >>> [text[place:place + length] for place, length in zip(*pretokenise(text, special_pattern([])))]
     [b'We', b"'ve", b' ', b' 2', b' dogs']
     """
-    padded = text + b"\0\0"   # two bytes more, so that looking ahead stays inside
+    padded = bytearray(text + b"\0")   # a byte more, so that looking ahead stays inside
     byte, kinds = np.frombuffer(padded, np.uint8), kind_of_byte(padded)
-    kinds[-2:] = SPECIAL
+    kinds[-1] = SPECIAL
     for i, match in enumerate(special.finditer(text)):
-        kinds[match.start():match.end()] = SPECIAL + i % 2   # so that two in a row differ
+        place = slice(*match.span())
+        kinds[place] = SPECIAL + i % 2   # so that two in a row differ
+        byte[place] = 0                  # so that no contraction is found there
 
     # 1. A word begins where the kind changes.
     begins = changes(kinds)
@@ -219,14 +219,13 @@ def pretokenise(text, special):
     last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] < SPECIAL))   # its last byte
     begins[last + 1] = byte[last] != ord(" ")
     for _ in range(2):   # U+00A0, U+3000 and others have two or three bytes: go back to the first one
-        last = last - (byte[last] & 0xC0 == 0x80)
+        last -= byte[last] & 0xC0 == 0x80
     begins[last] = True
 
-    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them. (Not
-    # where a special token has some of these bytes.)
-    spans = [match.span() for match in CONTRACTION.finditer(text)]
+    # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them.
+    spans = [match.span() for match in CONTRACTION.finditer(padded)]
     starts, stops = np.array(spans, np.intp).reshape(-1, 2).T
-    holds = begins[starts] & (kinds[[starts, starts + 1, stops - 1]] < SPECIAL).all(axis=0)
+    holds = begins[starts]
     begins[starts[holds] + 1] = False
     begins[stops[holds]] = True
 
@@ -249,19 +248,17 @@ def distinct_words(text, special):
     """
     places, lengths = pretokenise(text, special)
     long = lengths > 15
-    # A row of 16 bytes for each word: its own bytes, then zeros, and in the last byte its length, at most 16.
+    # A row of 16 bytes for each word: its own bytes, then 0xFF, which UTF-8 never has.
     at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: nothing is copied
-    rows = at_each_byte[places].view(np.uint8).reshape(-1, 16)                    # (W, 16)
-    size = np.minimum(lengths, 16)
-    rows *= np.tri(17, 16, -1, np.uint8).take(size, 0)   # row n of this triangle is n ones, then zeros
-    rows[:, 15] = size
-    low, high = rows.view("<u8").T   # the row as two numbers
+    rows = at_each_byte[places].view("16u1")                                      # (W, 16) uint8
+    # Row n of this triangle is n zeros, then 0xFF.
+    rows |= (np.tri(17, 16, -1, np.uint8) - 1).take(lengths, 0, mode="clip")
+    low, high = rows.view("<i8").T   # the row as two numbers
     low[long] = places[long]         # a long word differs from all others
     # Sort by the upper half of a hash, so that equal words become neighbours. The lower half is the word's index: then
     # np.sort does the work of np.argsort in a third of the time.
-    hashes = low * 0x9E3779B97F4A7C15 ^ high * 0xC2B2AE3D27D4EB4F
-    keys = np.sort(hashes >> 32 << 32 | np.arange(len(places), dtype=np.uint64))
-    order = (keys & 0xFFFFFFFF).astype(np.intp)
+    hashes = low * 0x1E3779B97F4A7C15 ^ high * 0x42B2AE3D27D4EB4F
+    order = np.sort(hashes >> 32 << 32 | np.arange(len(places))) & 0xFFFFFFFF
     # Neighbours are compared exactly. If two words share a hash, they may alternate: then a word is listed more than
     # once, but never wrongly.
     first = changes(low[order]) | changes(high[order])
@@ -298,10 +295,10 @@ def cut_pattern(specials):
     place = (rb"[\s!-~](?:(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s])|(?<=\S\s)"
              rb"(?<!\xc2[\x85\xa0]\s)"
              rb"(?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s))")
-    # The places inside special tokens, such as (b"<|end|", b">"). A match with such a head and tail is refused.
-    inside = {(token[:match.end()], token[match.end():]) for token in specials for match in re.finditer(place, token)}
-    return re.compile(place + b"".join(b"(?!(?<=%s)%s)" % (re.escape(head), re.escape(tail))
-                                       for head, tail in sorted(inside)))
+    # At a place inside a special token, such as between b"<|end|" and b">", a match is refused.
+    inside = [b"(?!(?<=%s)%s)" % (re.escape(token[:match.end()]), re.escape(token[match.end():]))
+              for token in specials for match in re.finditer(place, token)]
+    return re.compile(place + b"".join(inside))
 
 
 def pieces(text, cut, size, start, stop):
@@ -328,15 +325,6 @@ def mapped(path):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def read_utf8(path, start, stop):
-    """Bytes start..stop of a file as valid UTF-8, U+FFFD for what was malformed, and how many of these there were."""
-    with open(path, "rb") as file:
-        file.seek(start)
-        raw = file.read(stop - start)
-    text = raw.decode(errors="replace").encode()
-    return text, text.count("\ufffd".encode()) - raw.count("\ufffd".encode())
-
-
 def keep_freed_memory():
     """Let glibc keep large blocks that are freed, instead of taking new pages from the system for each array: a third
     of the time of distinct_words.
@@ -356,8 +344,7 @@ def start_worker(function):
     task_of_worker = function
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: multiprocessing.connection.wait([parent]) and os._exit(1), daemon=True).start()
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
 
 def run_task(task):
@@ -401,7 +388,8 @@ def in_parallel(function, tasks, num_processes):
         raise ChildProcessError("a worker process died, perhaps for lack of memory: try --num_processes=1") from None
 
 
-SECONDS = Counter()   # how long each phase of the work took, for the report
+# for the report: how long each phase of the work took, and how many malformed places it met in the text
+SECONDS, MALFORMED = Counter(), Counter()
 
 
 @contextmanager
@@ -419,40 +407,42 @@ def progress(*words):
         print("\r", *words, end="\r", flush=True)
 
 
+def on_block(function, path, block):
+    """function(text) of a block of a file, (start, stop), and how many malformed places it has.
+
+    text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
+    """
+    start, stop = block
+    with open(path, "rb") as file:
+        file.seek(start)
+        raw = file.read(stop - start)
+    text = raw.decode(errors="replace").encode()
+    return function(text), text.count(b"\xef\xbf\xbd") - raw.count(b"\xef\xbf\xbd")   # U+FFFD
+
+
 def in_blocks(name, function, path, cut, start, stop, num_processes):
-    """Yield function((path, start, stop)) of each block of bytes start..stop of a file, in order, from all cores."""
+    """Yield function(text) of each block of bytes start..stop of a file, in order, from all cores.
+
+    stop None: to the end.
+    """
     with mapped(path) as text:
-        blocks = [(path, *piece) for piece in pieces(text, cut, BLOCK, start, stop)]
+        blocks = [*pieces(text, cut, BLOCK, start, stop or len(text))]
     with phase(name):
-        for result, (_, _, end) in zip(in_parallel(function, blocks, num_processes), blocks):
+        results = in_parallel(partial(on_block, function, path), blocks, num_processes)
+        for done, (result, malformed) in enumerate(results, 1):
             yield result
-            progress(name, f"{(end - start) / (stop - start):.0%}")
+            MALFORMED[name] += malformed
+            progress(name, f"{done / len(blocks):.0%}")
 
 
-# ---------------------------------------------------------------------------------------------------------- 6. training
-
-def count_block(special, block):
-    """The words of one block of a file, a list, and how often each occurs there. Special tokens count as words here."""
-    words, index = distinct_words(read_utf8(*block)[0], special)
-    return words, np.bincount(index).tolist()
-
-
-def count_words(path, specials, stop, num_processes):
-    """How often each distinct word occurs in the first `stop` bytes of a file, dict[bytes, int]."""
-    count, counts = partial(count_block, special_pattern(specials)), defaultdict(int)
-    for part in in_blocks("counting words", count, path, cut_pattern(specials), 0, stop, num_processes):
-        for word, occurs in zip(*part):
-            counts[word] += occurs
-    for token in specials:
-        counts.pop(token, None)
-    return counts
-
+# --------------------------------------------------------------------------------------------------- 6. learning merges
 
 class Segmentation:
     """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
 
     first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; if none ends there, its
-    value means nothing. Both are -1 in a gap, and last is -1 nowhere else. "low" and "lo" after the merge of o w:
+    value means nothing. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered: the bytes, then what
+    the merges make, in the order learnt. "low" and "lo" after the merge of o w:
 
         cell      0    1    2    3    4    5    6    7
         word           l    o    w         l    o
@@ -463,11 +453,11 @@ class Segmentation:
     and its left neighbour ends at cell 1. So a merge needs no list of links, and many places can be merged at once.
     """
 
-    def __init__(self, words, ids, lengths):
-        """words: bytes objects, UTF-8. ids (256,): the token of each byte, -1 for 0xFF, which marks the gaps, as UTF-8
-        never has it. lengths: the bytes of each token, and at the end a 1, which stands for token -1.
-        """
-        self.first = ids[np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)]
+    def __init__(self, words, lengths):
+        """words: bytes objects, UTF-8. lengths: the bytes of each token, and at the end a 1 for the token -1."""
+        # 0xFF marks the gaps, as UTF-8 never has it.
+        token_of_byte = np.int32([*range(255), -1])
+        self.first = token_of_byte[np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)]
         self.last = self.first.copy()
         self.lengths = lengths
 
@@ -494,11 +484,11 @@ class Segmentation:
         starts = changes(pairs).nonzero()[0]
         return pairs[starts], np.append(starts, len(pairs)), places[order]
 
-    def ids_of_words(self, dtype):
-        """The ids of each word's tokens, a list of bytes objects that hold numbers of this type."""
+    def ids_of_words(self, ids):
+        """The ids of each word's tokens, a list of bytes objects. ids: an array with the id of each token."""
         there = self.first >= 0
-        raw = self.first[there].astype(dtype).tobytes()
-        stops = (np.cumsum(there)[self.last < 0] * dtype.itemsize).tolist()   # the bytes of it before each gap
+        raw = ids[self.first[there]].tobytes()
+        stops = (np.cumsum(there)[self.last < 0] * ids.itemsize).tolist()   # the bytes of it before each gap
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def merge(self, new, places):
@@ -529,9 +519,15 @@ class Segmentation:
 
 def weight_of_cells(counts):
     """How often the word of each cell occurs, in a Segmentation of the words of counts (dict[bytes, int])."""
-    occurs = np.fromiter(counts.values(), np.int64)
-    small = occurs.astype(np.min_scalar_type(-occurs.max(initial=1)))   # mostly int32: half the memory
-    return np.repeat(small, [len(word) + 1 for word in counts])
+    small = np.min_scalar_type(~max(counts.values(), default=0))   # mostly int32: half the memory
+    return np.repeat(np.fromiter(counts.values(), small), [len(word) + 1 for word in counts])
+
+
+class Descending(tuple):
+    """A pair of tokens (bytes) that sorts in the opposite order: a heap gives the least, and the greatest is wanted."""
+
+    def __lt__(self, other):
+        return self > other
 
 
 def learn_merges(counts, num_merges):
@@ -544,31 +540,30 @@ def learn_merges(counts, num_merges):
       start, all pairs are counted, and the floor becomes an eighth of the highest count, at least 1. After floor 1
       nothing is left. This makes 10,000 merges 1.7 times as fast.
     - merge_pair in each word: one Segmentation.merge_all.
+
+    counts is emptied as soon as the arrays have it all, for the memory.
     """
     num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
-    corpus = Segmentation(counts, np.int32([*range(255), -1]), np.ones(257 + num_merges, np.intp))
+    corpus = Segmentation(counts, np.ones(257 + num_merges, np.intp))
     weight = weight_of_cells(counts)
-    del counts   # from here on the arrays have it all
+    counts.clear()
     vocab, merges, heap, floor = list(BYTES), [], [], 0
-    # For each token a string that sorts in the opposite order of its bytes. The mark at its end puts b"ab" before b"a".
-    descending = [chr(255 - byte) + "\u0100" for byte in range(256)]
 
     with phase("merging pairs"):
         while len(merges) < num_merges and (heap or floor != 1):
             if not heap:
                 floor, places = 0, corpus.begins()
             else:
-                bound, descends, left, right, places = heapq.heappop(heap)
+                bound, pair, left, right, places = heapq.heappop(heap)
                 places = places[corpus.pairs(places) == left << 32 | right]
                 occurs = int(weight[places].sum())
                 if occurs < -bound:
                     if occurs >= floor:
-                        heapq.heappush(heap, (-occurs, descends, left, right, places))
+                        heapq.heappush(heap, (-occurs, pair, left, right, places))
                     continue
                 new = len(vocab)
-                merges.append((vocab[left], vocab[right]))
-                vocab.append(vocab[left] + vocab[right])
-                descending.append(descending[left][:-1] + descending[right])
+                merges.append(tuple(pair))
+                vocab.append(b"".join(pair))
                 corpus.lengths[new] = len(vocab[new])
                 places = corpus.merge_all(left, right, new, places)
                 progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
@@ -577,32 +572,12 @@ def learn_merges(counts, num_merges):
             floor = floor or max(1, int(occurs.max(initial=0)) // 8)
             for i in np.flatnonzero(occurs >= floor).tolist():
                 left, right = divmod(int(pairs[i]), 1 << 32)
-                heapq.heappush(heap, (-int(occurs[i]), descending[left] + descending[right], left, right,
+                heapq.heappush(heap, (-int(occurs[i]), Descending((vocab[left], vocab[right])), left, right,
                                       places[bounds[i]:bounds[i + 1]]))
     return merges
 
 
-def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None):
-    """Train a byte-level BPE tokenizer: the vocabulary, dict[int, bytes], and the merges, list[tuple[bytes, bytes]].
-
-    Ids: the 256 bytes, then the merges in order, then the special tokens (list[str]), which cut the text and are never
-    merged. The result is plain_train's, and does not depend on num_processes (0: one for each core). The vocabulary
-    stays smaller than vocab_size if the text runs out of pairs. Only the first `stop` bytes of the file count, where
-    given. Memory grows with the distinct words, not with the file.
-    Raises InputError (a ValueError) for a vocab_size without room for bytes and special tokens, an empty special token
-    or an empty file; OSError for a file that cannot be read.
-    """
-    specials = [*map(utf8, special_tokens)]
-    appended = [*dict.fromkeys(BYTES + specials)][256:]   # each once, without single bytes
-    num_merges = vocab_size - 256 - len(appended)
-    require(num_merges >= 0, f"vocab_size={vocab_size}: choose {256 + len(appended)} or more, "
-                             f"for 256 bytes and {len(appended)} special tokens")
-    stop = stop or os.path.getsize(input_path)
-    merges = learn_merges(count_words(input_path, specials, stop, num_processes), num_merges)
-    return dict(enumerate(BYTES + [left + right for left, right in merges] + appended)), merges
-
-
-# ----------------------------------------------------------------------------------------- 7. encoding, decoding, files
+# ------------------------------------------------------------------------------- 7. encoding, decoding, files, training
 
 # GPT-2 writes a byte as one visible character: itself if it is one in Latin-1, else the next of U+0100, U+0101, ...
 # (a space is U+0120).
@@ -616,19 +591,21 @@ def to_visible(token):
     >>> to_visible(b" the") == "\u0120the"
     True
     """
-    return "".join([CHARACTERS[byte] for byte in token])
+    return token.decode("latin-1").translate(CHARACTERS)
 
 
 def made_by(merges):
-    """All tokens that are bytes or made by a merge, a set. Raises InputError if the merges are out of order."""
-    made, used = {*BYTES}, set()   # used: the parts of merges, and the merges
+    """The tokens that are bytes or made by a merge, numbered as in Segmentation: dict[bytes, int].
+
+    Raises InputError if the merges are out of order.
+    """
+    numbers = dict(zip(BYTES, range(256)))
     for left, right in merges:
-        if not {left, right} <= made or {left + right, (left, right)} & used:
+        if not {left, right} <= numbers.keys() or left + right in numbers:
             raise InputError(f"the merge of {left!r} and {right!r} is out of order: its parts must be bytes or made "
-                             "before it, what it makes must not be in use already, and no merge may come twice")
-        made.add(left + right)
-        used |= {left, right, (left, right)}
-    return made
+                             "before it, and no two merges may make the same")
+        numbers[left + right] = len(numbers)
+    return numbers
 
 
 class Tokenizer:
@@ -641,33 +618,43 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, special_tokens=None):
-        self.vocab, self.merges, self.ordinary = dict(vocab), list(merges), made_by(merges)
-        ids = {token: number for number, token in self.vocab.items()}
-        if wrong := {*range(len(self.vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
-            raise InputError(f"{len(self.vocab)} tokens must have the ids 0 to {len(self.vocab) - 1} and all differ: "
+        self.merges, self.numbers = list(merges), made_by(merges)
+        ids = {token: number for number, token in vocab.items()}
+        if wrong := {*range(len(vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
+            raise InputError(f"{len(vocab)} tokens must have the ids 0 to {len(vocab) - 1} and all differ: "
                              f"{min(wrong)} is missing, too large, or belongs to a token that is listed twice")
-        if missing := self.ordinary - ids.keys():
+        if missing := self.numbers.keys() - ids.keys():
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
             require(token.isascii() or not {*CHARACTERS} >= {*token},
                     f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
                     "look whether its merges.txt is cut short")
-        self.vocab.update({number: token for token, number in ids.items()})
+        self.vocab = {number: token for token, number in ids.items()}
 
-        # A merge is three ids: of its left part, its right part, and the whole. Its row is its rank.
-        triples = [[ids[token] for token in (left, right, left + right)] for left, right in self.merges]
-        self.triples = np.array(triples, np.int64).reshape(-1, 3)
-        pairs = np.append(self.triples[:, 0] << 32 | self.triples[:, 1], 2 ** 63 - 1)   # the last is above all pairs
-        self.ranks = np.argsort(pairs)
-        self.pairs = pairs[self.ranks]   # sorted
-        self.lengths = np.array([len(self.vocab[number]) for number in range(len(ids))] + [1])
-        self.ids_of_bytes = np.int32([ids[byte] for byte in BYTES[:-1]] + [-1])
         self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
-        self.special_ids = {token: self.dtype.type(ids[token]).tobytes() for token in map(utf8, self.special_tokens)}
+        # For each token in the order of `numbers`: its id and its length. For each merge: its pair.
+        self.ids = np.array([ids[token] for token in self.numbers], self.dtype)
+        self.lengths = np.array([*map(len, self.numbers), 1])
+        self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
+        self.order = np.argsort(self.pairs)   # NEVER, the last one, is above all that merge_words looks for
+        self.sorted_pairs = self.pairs[self.order]
+        self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
+                            for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
-        # word: its token ids, as bytes; and how many bytes all these words have
-        self.cache, self.cached = dict(self.special_ids), 0
+        self.cached = np.inf   # bytes of words in the cache of encode_words, which makes a new one when they are many
+
+    @classmethod
+    def untrained(cls, special_tokens, vocab_size):
+        """The tokenizer before its first merge: bytes and special tokens (list[str]).
+
+        Raises UsageError if vocab_size has no room for them.
+        """
+        tokenizer = cls(dict(enumerate(BYTES)), [], special_tokens)
+        least = len(tokenizer.vocab)
+        require(vocab_size >= least, f"vocab_size={vocab_size}: choose {least} or more, for 256 bytes and "
+                                     f"{least - 256} special tokens")
+        return tokenizer
 
     @classmethod
     def from_files(cls, vocab_filepath, merges_filepath, special_tokens=None, every_special=False):
@@ -700,7 +687,7 @@ class Tokenizer:
 
     def file_contents(self):
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
-        table = {to_visible(token) if token in self.ordinary else token.decode(): number
+        table = {to_visible(token) if token in self.numbers else token.decode(): number
                  for number, token in sorted(self.vocab.items())}
         lines = [f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges]
         return [json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()]
@@ -725,19 +712,19 @@ class Tokenizer:
 
         One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
         """
-        key = np.full(len(corpus.first), NEVER << 32)   # of the pair that begins at a cell: rank << 32 | cell
-        gaps = np.flatnonzero(corpus.last < 0)          # before words that are not done, and the last one
+        key = np.full(len(corpus.first), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
+        gaps = np.flatnonzero(corpus.last < 0)     # before words that are not done, and the last one
         changed = corpus.begins()
         while len(gaps):
             pairs = corpus.pairs(changed)
-            found = np.searchsorted(self.pairs, pairs)
-            key[changed] = np.where(self.pairs[found] == pairs, self.ranks[found], NEVER) << 32 | changed
-            best = np.minimum.reduceat(key, gaps)       # from gap to gap: words that are done have no rank
-            mergeable = best < NEVER << 32
+            ranks = self.order[np.searchsorted(self.sorted_pairs, pairs)]
+            key[changed] = np.where(self.pairs[ranks] == pairs, ranks << 32 | changed, NEVER)
+            best = np.minimum.reduceat(key, gaps)  # from gap to gap: words that are done have no rank
+            mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
-            places, (left, _, new) = best & 0xFFFFFFFF, self.triples[best >> 32].T
-            key[places + self.lengths[left]] = NEVER << 32
-            changed = np.concatenate((places, corpus.merge(new, places)))
+            places = best & 0xFFFFFFFF
+            key[places + self.lengths[corpus.first[places]]] = NEVER
+            changed = np.concatenate((places, corpus.merge(256 + (best >> 32), places)))
 
     def replay(self, corpus):
         """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
@@ -753,22 +740,21 @@ class Tokenizer:
                 places_of[pair].append(places[start:stop])
 
         note(corpus.begins())
-        for left, right, new in self.triples.tolist():
-            pair = left << 32 | right
+        for new, pair in enumerate(self.pairs.tolist(), 256):
             if pair in places_of:   # the pairs that this merge makes have higher ranks: see made_by
                 places = np.concatenate(places_of.pop(pair))
-                note(corpus.merge_all(left, right, new, places[corpus.pairs(places) == pair]))
+                note(corpus.merge_all(*divmod(pair, 1 << 32), new, places[corpus.pairs(places) == pair]))
 
     def encode_words(self, words):
-        """The token ids of each word or special token in a list, as bytes of self.dtype."""
+        """The token ids of each word or special token in a list, as bytes of self.dtype. Remembers them."""
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
-        new = sorted({word for word in words if word not in self.cache}, key=len)   # of like length: like many rounds
+        new = sorted({*words}.difference(self.cache), key=len)   # of like length: like many rounds
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
-            corpus = Segmentation(group, self.ids_of_bytes, self.lengths)
+            corpus = Segmentation(group, self.lengths)
             (self.merge_words if len(group[-1]) <= LONG else self.replay)(corpus)
-            self.cache.update(zip(group, corpus.ids_of_words(self.dtype)))
+            self.cache.update(zip(group, corpus.ids_of_words(self.ids)))
         self.cached += sum(map(len, new))
         return [self.cache[word] for word in words]
 
@@ -793,40 +779,27 @@ class Tokenizer:
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
         text, enough = bytearray(), 8192   # what is not encoded yet, and above which length it is tried
-        longest = max(map(len, self.special_ids), default=0)
+        size = 8192 + len(self.special.pattern)   # of a piece: longer than any special token
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
-                # not in the last bytes, where a special token may begin that ends in the next item
-                end = len(text) - longest
-                stop = max((cut.start() for cut in self.cut.finditer(text) if cut.start() <= end), default=0)
+                # All but the last two pieces: a special token that the next item ends may lie between these two.
+                stop = [0, *(start for start, _ in pieces(text, self.cut, size, 0, len(text)))][-2]
                 yield from self.encode(text[:stop].decode())
                 text = text[stop:]
                 enough = 8192 + 2 * len(text)
         yield from self.encode(text.decode())
 
-    def encode_block(self, block):
-        """The ids of one block of a file, as bytes of self.dtype, and how many malformed places it had."""
-        text, malformed = read_utf8(*block)
-        return self.encode_bytes(text), malformed
-
-    def encode_part(self, text_path, start, stop, bin_path, num_processes):
-        """Encode bytes start..stop of a file; return the numbers of ids and of malformed places."""
-        malformed, parts = 0, in_blocks("encoding", self.encode_block, text_path, self.cut, start, stop, num_processes)
-        with open(bin_path, "wb") as file:
-            for ids, wrong in parts:
-                file.write(ids)
-                malformed += wrong
-            return file.tell() // self.dtype.itemsize, malformed
-
-    def encode_file(self, text_path, bin_path, num_processes=0):
+    def encode_file(self, text_path, bin_path, num_processes=0, start=0, stop=None):
         """Encode a UTF-8 file into a file of raw little-endian ids, which is replaced as a whole; return their number.
 
         uint16 for up to 65,536 tokens in the vocabulary, else uint32. Uses num_processes (0: one for each core) and
-        memory that does not grow with the file. Malformed bytes count as U+FFFD.
+        memory that does not grow with the file. Malformed bytes count as U+FFFD. Only bytes start..stop of the file
+        count, where given.
         """
-        with replacing(bin_path) as temporary:
-            return self.encode_part(text_path, 0, os.path.getsize(text_path), temporary, num_processes)[0]
+        with replacing(bin_path) as temporary, open(temporary, "wb") as file:
+            file.writelines(in_blocks("encoding", self.encode_bytes, text_path, self.cut, start, stop, num_processes))
+            return file.tell() // self.dtype.itemsize
 
     def decode(self, ids):
         """The text of token ids; bytes that are not UTF-8 become U+FFFD. Raises InputError for an unknown id."""
@@ -834,6 +807,36 @@ class Tokenizer:
             return b"".join([self.vocab[number] for number in ids]).decode(errors="replace")
         except KeyError as error:
             raise InputError(f"the vocabulary has {len(self.vocab)} tokens, none with id {error}") from None
+
+
+def count_words(special, text):
+    """The words of a text, a list, and how often each occurs there. Special tokens count as words here."""
+    words, index = distinct_words(text, special)
+    return words, np.bincount(index).tolist()
+
+
+def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None):
+    """Train a byte-level BPE tokenizer: the vocabulary, dict[int, bytes], and the merges, list[tuple[bytes, bytes]].
+
+    Ids: the 256 bytes, then the merges in order, then the special tokens (list[str]), which cut the text and are never
+    merged. The result is plain_train's, and does not depend on num_processes (0: one for each core). The vocabulary
+    stays smaller than vocab_size if the text runs out of pairs. Only the first `stop` bytes of the file count, where
+    given. Memory grows with the distinct words, not with the file.
+    Raises InputError (a ValueError) for a vocab_size without room for bytes and special tokens, an empty special token
+    or an empty file; OSError for a file that cannot be read.
+    """
+    plain, counts = Tokenizer.untrained(special_tokens, vocab_size), defaultdict(int)
+    for part in in_blocks("counting words", partial(count_words, plain.special), input_path, plain.cut, 0, stop,
+                          num_processes):
+        for word, occurs in zip(*part):
+            counts[word] += occurs
+    del part   # the last one: 10 MB less at the peak, which follows
+    for token in plain.special_ids:
+        counts.pop(token, None)
+    merges = learn_merges(counts, vocab_size - len(plain.vocab))
+    vocab = [*plain.vocab.values()]
+    vocab[256:256] = map(b"".join, merges)   # between the bytes and the special tokens
+    return dict(enumerate(vocab)), merges
 
 
 # --------------------------------------------------------------------- 8. flags, errors and files, for all four scripts
@@ -890,8 +893,8 @@ def one_line_errors():
     the program, and shows its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):   # None where the caller has closed it
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, mode))
+    for name in "stdin", "stdout", "stderr":   # None where the caller has closed it
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w+"))
     sys.stdout.reconfigure(errors="replace")   # a terminal that lacks a character shows a question mark
     try:
         yield
@@ -901,12 +904,12 @@ def one_line_errors():
         os._exit(1)           # without a last attempt to write
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except OSError as error:
-        message, status = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
-    except (InputError, MemoryError, FloatingPointError, RuntimeError) as error:
+    except (OSError, InputError, MemoryError, FloatingPointError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):   # so torch reports a failed allocation
             raise
-        message, status = str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1
+        message = (f"{error.filename}: {error.strerror}" if getattr(error, "filename", None)
+                   else str(error) or type(error).__name__)
+        status = 2 if isinstance(error, UsageError) else 1
     print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)
 
@@ -930,8 +933,8 @@ def replacing_together(*paths):
                 os.fsync(file.fileno())   # the bytes reach the disk before the name does, even in a power cut
         if len(paths) > 1:
             paths[0].unlink(missing_ok=True)
-        for temporary, path in [*zip(temporaries, paths)][::-1]:
-            os.replace(temporary, path)
+        for pair in reversed([*zip(temporaries, paths)]):
+            os.replace(*pair)
     except OSError as error:
         if error.errno:   # a full disk does not say which file it could not take
             error.filename = error.filename or " or ".join(map(str, paths))
@@ -1010,8 +1013,9 @@ def real_paths(paths):
 
 
 def own_files():
-    """The files that this program writes into data_dir, and their temporary names."""
-    return real_paths(Path(data_dir, name + end) for name in (*OUTPUTS, "corpus.txt") for end in ("", ".tmp"))
+    """The files that this run writes into data_dir, and their temporary names."""
+    names = OUTPUTS if os.path.isfile(data) else (*OUTPUTS, "corpus.txt")
+    return real_paths(Path(data_dir, name + end) for name in names for end in ("", ".tmp", ".tmp.tmp"))
 
 
 def find_text(folder, document_end):
@@ -1030,18 +1034,17 @@ def find_text(folder, document_end):
     return folder / "corpus.txt"
 
 
-def start_of_held_out(path, specials):
+def start_of_held_out(path, tokenizer, document_end):
     """Where the last documents of a file begin: in the last twentieth of it, 10 MB at most.
 
-    That is after a special token that ends a document (the first of `specials`) or, if there is none, between words.
+    That is after a special token that ends a document or, if there is none, between words.
     """
-    size = os.path.getsize(path)
     with mapped(path) as text:
-        place = cut_pattern(specials).search(text, size - min(size // 20, 10_000_000))   # in no special token
+        place = tokenizer.cut.search(text, len(text) - min(len(text) // 20, 10_000_000))   # in no special token
         require(place, f"--data={path}: found no place near the end to hold out text for validation; "
                        "name a file with --val_data")
-        for match in special_pattern(specials).finditer(text, place.start()):
-            if match[0] in specials[:1] and text[match.end():].strip():   # some text must follow
+        for match in tokenizer.special.finditer(text, place.start()):
+            if match[0] == document_end and text[match.end():].strip():   # some text must follow
                 return match.end()
         return place.start()
 
@@ -1058,35 +1061,32 @@ def peak_memory():
 
 
 def check_flags():
-    """Refuse flags that make no sense; return the special tokens."""
+    """Refuse flags that make no sense; return a tokenizer without merges, with the special tokens that they name."""
     require(data_dir, "--data_dir is empty: name a folder")
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data:
         mapped(val_data)   # raises an error if it is not a file with text in it
-    specials = [token for token in dict.fromkeys(special_tokens.split(",")) if token]
-    least = len(Tokenizer(dict(enumerate(BYTES)), [], specials).vocab)   # refuses what cannot be a special token
-    require(least == 256 + len(specials),
+    tokenizer = Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)
+    require(len(tokenizer.vocab) == 256 + len(tokenizer.special_tokens),
             f"--special_tokens={special_tokens!r}: one of them is a single byte, which is a token already")
-    require(vocab_size >= least,
-            f"--vocab_size={vocab_size}: choose {least} or more, for 256 bytes and {len(specials)} special tokens")
     corpus = Path(data_dir) / "corpus.txt"
     require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
             f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
-    require(not real_paths([data, val_data]) & own_files() - real_paths([corpus]),
+    require(not real_paths([data, val_data]) & own_files(),
             f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
-    return specials
+    return tokenizer
 
 
 def main():
-    specials, folder, began = check_flags(), Path(data_dir), time.perf_counter()
+    tokenizer, folder, began = check_flags(), Path(data_dir), time.perf_counter()
     with only_run_in(folder):
         if tokenizer_dir:
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
-            specials = list(tokenizer.special_tokens)
-        text = find_text(folder, utf8(specials[0]) if specials else b"\n")
-        size = text.stat().st_size
-        train_stop = size if val_data else start_of_held_out(text, [utf8(token) for token in specials])
+        document_end = [*tokenizer.special_ids, b"\n"][0]
+        text = find_text(folder, document_end)
+        train_stop = os.path.getsize(text) if val_data else start_of_held_out(text, tokenizer, document_end)
         if not tokenizer_dir:
+            specials = tokenizer.special_tokens
             tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
         contents, tables = tokenizer.file_contents(), [folder / name for name in OUTPUTS[:2]]
         if [path.read_bytes() for path in tables if path.exists()] == contents:
@@ -1094,14 +1094,14 @@ def main():
         with replacing_together(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
             for path, content in zip(tables_tmp, contents):
                 path.write_bytes(content)
-            train_tokens, malformed = tokenizer.encode_part(text, 0, train_stop, train_bin, num_processes)
+            train_tokens = tokenizer.encode_file(text, train_bin, num_processes, 0, train_stop)
             speed = train_stop / 1e6 / SECONDS["encoding"]
-            held_out = (val_data, 0, os.path.getsize(val_data)) if val_data else (text, train_stop, size)
-            val_tokens, more = tokenizer.encode_part(*held_out, val_bin, num_processes)
+            val_text, val_start = (val_data, 0) if val_data else (text, train_stop)
+            val_tokens = tokenizer.encode_file(val_text, val_bin, num_processes, val_start)
 
-    val_size = held_out[2] - held_out[1]
+    val_size = os.path.getsize(val_text) - val_start
     print(f"text: {text}, {train_stop / 1e6:.1f} MB to train on, {val_size / 1e6:.1f} MB for validation; "
-          f"{malformed + more} malformed places, read as U+FFFD")
+          f"{MALFORMED['encoding']} malformed places, read as U+FFFD")
     if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
         print("the text has no more pairs to merge: "
               f"the vocabulary ends at {len(tokenizer.vocab)} tokens, short of {vocab_size}")
