@@ -675,7 +675,9 @@ def load_data(saved, parent):
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    return tokenizer, train_tokens, val_tokens, check_sums, tokenizer.lengths[val_tokens].mean().item()
+    occurs = np.bincount(val_tokens).tolist()   # how often each token
+    val_bytes = sum(len(tokenizer.vocab[number]) * times for number, times in enumerate(occurs))
+    return tokenizer, train_tokens, val_tokens, check_sums, val_bytes / len(val_tokens)
 
 
 def build(vocab_size, chip, precision, parent):
