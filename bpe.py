@@ -7,13 +7,13 @@ Byte-level byte-pair encoding (BPE): train a tokenizer on text, encode the text 
 
 writes vocab.json and merges.txt (GPT-2's format), train.bin and val.bin (raw token ids) into data_dir, and reports
 seconds for each phase, peak memory, the longest tokens, bytes per token and MB/s. Without --data the text is the source
-of Python's standard library. This file in its order:
+of Python's standard library. The sections of this file:
 
 1. Pre-tokens: a pattern cuts the text into words. Everything else happens inside these words.
 2. BPE, the definition: training and encoding in forty plain lines. You may stop there and know BPE.
-3. to 7. The same, a hundred times as fast: pre-tokens at array speed, the distinct words of a text, all cores,
-   learning merges, the Tokenizer, and training from a file.
-8. Flags, errors and files, for all four scripts.
+3. to 7. The same, a hundred times as fast: pre-tokens at array speed; the distinct words of a text; all cores;
+   learning merges; the Tokenizer, and training from a file.
+8. Flags, errors and files, for all four scripts: also for model.py, train.py and sample.py.
 
 Needs numpy and regex. Imports neither torch nor another file of this project.
 """
@@ -58,9 +58,9 @@ num_processes = 0                  # worker processes; 0: one for each core
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt, unless --data names a file
 BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
-LONG = 1 << 13     # bytes above which Tokenizer.replay merges a word
+LONG = 1 << 13     # a group of new words goes to Tokenizer.replay if one of them has more bytes than this
 CACHE = 3 << 24    # bytes of words whose token ids a tokenizer remembers
-NEVER = 2 ** 63 - 1                                # Tokenizer.merge_words: above all pairs and all their keys
+NEVER = 2 ** 63 - 1                                # in Tokenizer.merge_words: greater than any pair and any key
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
 
@@ -138,7 +138,7 @@ def plain_train(counts, num_merges):
 
 
 def plain_encode(word, merges):
-    """The tokens of a word (bytes), list[bytes]. Of all its pairs, merge the one learnt first, until none is left.
+    """The tokens of a word (bytes), list[bytes]. Of its pairs, merge the one learnt first, until no merge knows any.
 
     >>> plain_encode(b"lowest", [(b"s", b"t"), (b"e", b"st"), (b"o", b"w")])
     [b'l', b'ow', b'est']
@@ -218,7 +218,7 @@ def pretokenise(text, special):
     # space, else it is a word by itself.
     last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] < SPECIAL))   # its last byte
     begins[last + 1] = byte[last] != ord(" ")
-    for _ in range(2):   # U+00A0, U+3000 and others have two or three bytes: go back to the first one
+    for _ in range(2):   # of U+00A0, U+3000 and others, which have two or three bytes, the first one
         last -= byte[last] & 0xC0 == 0x80
     begins[last] = True
 
@@ -249,14 +249,14 @@ def distinct_words(text, special):
     places, lengths = pretokenise(text, special)
     long = lengths > 15
     # A row of 16 bytes for each word: its own bytes, then 0xFF, which UTF-8 never has.
-    at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: nothing is copied
+    at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: the next 16 bytes of each
     rows = at_each_byte[places].view("16u1")                                      # (W, 16) uint8
     # Row n of this triangle is n zeros, then 0xFF.
     rows |= (np.tri(17, 16, -1, np.uint8) - 1).take(lengths, 0, mode="clip")
     low, high = rows.view("<i8").T   # the row as two numbers
-    low[long] = places[long]         # a long word differs from all others
-    # Sort by the upper half of a hash, so that equal words become neighbours. The lower half is the word's index: then
-    # np.sort does the work of np.argsort in a third of the time.
+    low[long] = places[long]         # a long word differs from all others: from short ones, for these end in 0xFF
+    # Sort so that equal words become neighbours. The upper half of each number is that of a hash, the lower half is the
+    # word's index: so np.sort does the work of np.argsort in a third of the time.
     hashes = low * 0x1E3779B97F4A7C15 ^ high * 0x42B2AE3D27D4EB4F
     order = np.sort(hashes >> 32 << 32 | np.arange(len(places))) & 0xFFFFFFFF
     # Neighbours are compared exactly. If two words share a hash, they may alternate: then a word is listed more than
@@ -283,15 +283,15 @@ def cut_pattern(specials):
 
     Inside a word, white space follows only white space, and an ASCII letter or digit is followed only by a character of
     its own kind. So a text may be cut before white space that follows anything else, and after an ASCII letter or digit
-    before an ASCII character of another kind. No cut goes through what could be a special token: "<|end|>" has such a
-    place.
+    before an ASCII character of another kind. (The pattern looks ahead, but never back: what follows the cut is read as
+    before.) No cut goes through what could be a special token: "<|end|>" has such a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
     """
     # The character after the cut comes first, because the engine skips to it quickly. Then lookbehinds, which end with
-    # that character, check what stands before it. The last two lines: to a pattern of bytes, white space beyond ASCII
-    # ends in no white space.
+    # that character, check what stands before it. The last two lines refuse white space beyond ASCII before the cut,
+    # whose bytes \S takes for signs.
     place = (rb"[\s!-~](?:(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s])|(?<=\S\s)"
              rb"(?<!\xc2[\x85\xa0]\s)"
              rb"(?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s))")
@@ -326,13 +326,13 @@ def mapped(path):
 
 
 def keep_freed_memory():
-    """Let glibc keep large blocks that are freed, instead of taking new pages from the system for each array: a third
-    of the time of distinct_words.
+    """Let glibc keep large blocks that are freed, instead of taking new pages from the system for each array. It saves
+    a third of the time of distinct_words.
     """
     with suppress(AttributeError, OSError, TypeError):   # another C library, with habits of its own
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)    # M_MMAP_MAX: large blocks come from the heap
-        libc.mallopt(-1, -1)   # M_TRIM_THRESHOLD: whose end is never given back
+        libc.mallopt(-4, 0)    # M_MMAP_MAX: take large blocks from the heap
+        libc.mallopt(-1, -1)   # M_TRIM_THRESHOLD: never give its end back
 
 
 def start_worker(function):
@@ -408,7 +408,7 @@ def progress(*words):
 
 
 def on_block(function, path, block):
-    """function(text) of a block of a file, (start, stop), and how many malformed places it has.
+    """function(text) of one block of a file, and how many malformed places the block has. block: (start, stop).
 
     text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
     """
@@ -440,9 +440,9 @@ def in_blocks(name, function, path, cut, start, stop, num_processes):
 class Segmentation:
     """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
 
-    first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; if none ends there, its
-    value means nothing. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered: the bytes, then what
-    the merges make, in the order learnt. "low" and "lo" after the merge of o w:
+    first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; if none ends there, an
+    old one, which means nothing. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered: the bytes,
+    then what the merges make, in the order learnt. "low" and "lo" after the merge of o w:
 
         cell      0    1    2    3    4    5    6    7
         word           l    o    w         l    o
@@ -450,7 +450,7 @@ class Segmentation:
         last     -1    l    ?   ow   -1    l    o   -1
 
     The token at cell 2 has lengths[ow] = 2 bytes, so its right neighbour would begin at cell 4 (a gap: there is none),
-    and its left neighbour ends at cell 1. So a merge needs no list of links, and many places can be merged at once.
+    and its left neighbour ends at cell 1. So a merge needs no linked list, and many places can be merged at once.
     """
 
     def __init__(self, words, lengths):
@@ -488,13 +488,14 @@ class Segmentation:
         """The ids of each word's tokens, a list of bytes objects. ids: an array with the id of each token."""
         there = self.first >= 0
         raw = ids[self.first[there]].tobytes()
-        stops = (np.cumsum(there)[self.last < 0] * ids.itemsize).tolist()   # the bytes of it before each gap
+        stops = (np.cumsum(there)[self.last < 0] * ids.itemsize).tolist()   # where in raw each gap is
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def merge(self, new, places):
         """Merge the pairs that begin at `places`, and do not overlap, into the token `new`: one, or one for each place.
 
-        Afterwards new pairs begin there, and at the left neighbours: returns these places (of a gap, its own cell).
+        Afterwards new pairs begin there, and at the left neighbours: returns where these begin (where the left
+        neighbour is a gap, the gap's cell).
         """
         self.first[places + self.lengths[self.first[places]]] = -1   # the right part
         self.first[places] = new
@@ -519,7 +520,8 @@ class Segmentation:
 
 def weight_of_cells(counts):
     """How often the word of each cell occurs, in a Segmentation of the words of counts (dict[bytes, int])."""
-    small = np.min_scalar_type(~max(counts.values(), default=0))   # mostly int32: half the memory
+    # The smallest signed type, mostly int32: half the memory. (~n is -n - 1, which has a signed type.)
+    small = np.min_scalar_type(~max(counts.values(), default=0))
     return np.repeat(np.fromiter(counts.values(), small), [len(word) + 1 for word in counts])
 
 
@@ -537,8 +539,8 @@ def learn_merges(counts, num_merges):
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
       counted again; if it has lost places, it goes back with its true count.
     - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, as at the
-      start, all pairs are counted, and the floor becomes an eighth of the highest count, at least 1. After floor 1
-      nothing is left. This makes 10,000 merges 1.7 times as fast.
+      start, all pairs are counted, and the floor becomes an eighth of the highest count, at least 1. If it was 1
+      already, no pair is left. This makes 10,000 merges 1.7 times as fast.
     - merge_pair in each word: one Segmentation.merge_all.
 
     counts is emptied as soon as the arrays have it all, for the memory.
@@ -619,7 +621,7 @@ class Tokenizer:
 
     def __init__(self, vocab, merges, special_tokens=None):
         self.merges, self.numbers = list(merges), made_by(merges)
-        ids = {token: number for number, token in vocab.items()}
+        ids = {token: token_id for token_id, token in vocab.items()}
         if wrong := {*range(len(vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
             raise InputError(f"{len(vocab)} tokens must have the ids 0 to {len(vocab) - 1} and all differ: "
                              f"{min(wrong)} is missing, too large, or belongs to a token that is listed twice")
@@ -630,7 +632,7 @@ class Tokenizer:
             require(token.isascii() or not {*CHARACTERS} >= {*token},
                     f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
                     "look whether its merges.txt is cut short")
-        self.vocab = {number: token for token, number in ids.items()}
+        self.vocab = {token_id: token for token, token_id in ids.items()}
 
         self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
         # For each token in the order of `numbers`: its id and its length. For each merge: its pair.
@@ -642,7 +644,7 @@ class Tokenizer:
         self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
                             for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
-        self.cached = np.inf   # bytes of words in the cache of encode_words, which makes a new one when they are many
+        self.cached = np.inf   # bytes of words in the cache: encode_words makes a new one when they are too many
 
     @classmethod
     def untrained(cls, special_tokens, vocab_size):
@@ -665,7 +667,7 @@ class Tokenizer:
         """
         try:
             table = dict(json.loads(Path(vocab_filepath).read_text(encoding="utf-8")))
-            tokens, merges = dict(zip(CHARACTERS, BYTES)), []   # tokens: of each visible form that is met, the bytes
+            tokens, merges = dict(zip(CHARACTERS, BYTES)), []   # tokens: {visible form: bytes}
             for line in Path(merges_filepath).read_text(encoding="utf-8").split("\n"):
                 if line and not line.startswith("#version"):
                     pair = tuple(map(tokens.get, line.split(" ")))
@@ -674,10 +676,10 @@ class Tokenizer:
                     merges.append(pair)
                     tokens[line.replace(" ", "")] = b"".join(pair)
             # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
-            vocab = {number: tokens.get(text) or utf8(text) for text, number in table.items()}
+            vocab = {token_id: tokens.get(text) or utf8(text) for text, token_id in table.items()}
             specials = sorted(table.keys() - tokens.keys(), key=table.get) if every_special else []
             return cls(vocab, merges, [*(special_tokens or ()), *specials])
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
 
     @classmethod
@@ -687,8 +689,8 @@ class Tokenizer:
 
     def file_contents(self):
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
-        table = {to_visible(token) if token in self.numbers else token.decode(): number
-                 for number, token in sorted(self.vocab.items())}
+        table = {to_visible(token) if token in self.numbers else token.decode(): token_id
+                 for token_id, token in sorted(self.vocab.items())}
         lines = [f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges]
         return [json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()]
 
@@ -713,13 +715,13 @@ class Tokenizer:
         One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
         """
         key = np.full(len(corpus.first), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
-        gaps = np.flatnonzero(corpus.last < 0)     # before words that are not done, and the last one
+        gaps = np.flatnonzero(corpus.last < 0)     # the gap before each word that is not done, at first also the last
         changed = corpus.begins()
         while len(gaps):
             pairs = corpus.pairs(changed)
             ranks = self.order[np.searchsorted(self.sorted_pairs, pairs)]
             key[changed] = np.where(self.pairs[ranks] == pairs, ranks << 32 | changed, NEVER)
-            best = np.minimum.reduceat(key, gaps)  # from gap to gap: words that are done have no rank
+            best = np.minimum.reduceat(key, gaps)  # from gap to gap; words between that are done have no rank
             mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
@@ -749,7 +751,7 @@ class Tokenizer:
         """The token ids of each word or special token in a list, as bytes of self.dtype. Remembers them."""
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
-        new = sorted({*words}.difference(self.cache), key=len)   # of like length: like many rounds
+        new = sorted({*words}.difference(self.cache), key=len)   # alike in length, alike in rounds
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group, self.lengths)
@@ -783,7 +785,7 @@ class Tokenizer:
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
-                # All but the last two pieces: a special token that the next item ends may lie between these two.
+                # All but the last two pieces: a special token that ends in the next item may lie across their border.
                 stop = [0, *(start for start, _ in pieces(text, self.cut, size, 0, len(text)))][-2]
                 yield from self.encode(text[:stop].decode())
                 text = text[stop:]
@@ -804,7 +806,7 @@ class Tokenizer:
     def decode(self, ids):
         """The text of token ids; bytes that are not UTF-8 become U+FFFD. Raises InputError for an unknown id."""
         try:
-            return b"".join([self.vocab[number] for number in ids]).decode(errors="replace")
+            return b"".join([self.vocab[token_id] for token_id in ids]).decode(errors="replace")
         except KeyError as error:
             raise InputError(f"the vocabulary has {len(self.vocab)} tokens, none with id {error}") from None
 
