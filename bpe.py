@@ -374,6 +374,7 @@ def in_parallel(function, tasks, num_processes):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_processes = min(num_processes or cores, len(tasks), 61)   # Windows cannot wait for more processes
     if num_processes < 2:
+        keep_freed_memory()
         yield from map(function, tasks)
         return
     kind_of_code_point()   # now, so that workers that are forked have it already
