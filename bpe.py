@@ -472,7 +472,8 @@ class Segmentation:
         Negative where no pair begins.
         """
         left = self.first[places].astype(np.int64)
-        return left << 32 | self.first[places + self.lengths[left]]   # anything | -1 is -1
+        right = self.first[places + self.lengths[left]]
+        return left << 32 | right   # anything | -1 is -1
 
     def group_by_pair(self, places):
         """The distinct pairs at these places, their bounds, and the places sorted by pair, without those of no pair.
