@@ -794,16 +794,20 @@ class Tokenizer:
                 enough = 8192 + 2 * len(text)
         yield from self.encode(text.decode())
 
-    def encode_file(self, text_path, bin_path, num_processes=0, start=0, stop=None):
+    def write_ids(self, text_path, start, stop, bin_path, num_processes):
+        """Write the ids of bytes start..stop of a UTF-8 file (None: to its end) to bin_path; return their number."""
+        with open(bin_path, "wb") as file:
+            file.writelines(in_blocks("encoding", self.encode_bytes, text_path, self.cut, start, stop, num_processes))
+            return file.tell() // self.dtype.itemsize
+
+    def encode_file(self, text_path, bin_path, num_processes=0):
         """Encode a UTF-8 file into a file of raw little-endian ids, which is replaced as a whole; return their number.
 
         uint16 for up to 65,536 tokens in the vocabulary, else uint32. Uses num_processes (0: one for each core) and
-        memory that does not grow with the file. Malformed bytes count as U+FFFD. Only bytes start..stop of the file
-        count, where given.
+        memory that does not grow with the file. Malformed bytes count as U+FFFD.
         """
-        with replacing(bin_path) as temporary, open(temporary, "wb") as file:
-            file.writelines(in_blocks("encoding", self.encode_bytes, text_path, self.cut, start, stop, num_processes))
-            return file.tell() // self.dtype.itemsize
+        with replacing(bin_path) as temporary:
+            return self.write_ids(text_path, 0, None, temporary, num_processes)
 
     def decode(self, ids):
         """The text of token ids; bytes that are not UTF-8 become U+FFFD. Raises InputError for an unknown id."""
@@ -1019,7 +1023,7 @@ def real_paths(paths):
 def own_files():
     """The files that this run writes into data_dir, and their temporary names."""
     names = OUTPUTS if os.path.isfile(data) else (*OUTPUTS, "corpus.txt")
-    return real_paths(Path(data_dir, name + end) for name in names for end in ("", ".tmp", ".tmp.tmp"))
+    return real_paths(Path(data_dir, name + end) for name in names for end in ("", ".tmp"))
 
 
 def find_text(folder, document_end):
@@ -1098,10 +1102,10 @@ def main():
         with replacing_together(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
             for path, content in zip(tables_tmp, contents):
                 path.write_bytes(content)
-            train_tokens = tokenizer.encode_file(text, train_bin, num_processes, 0, train_stop)
+            train_tokens = tokenizer.write_ids(text, 0, train_stop, train_bin, num_processes)
             speed = train_stop / 1e6 / SECONDS["encoding"]
             val_text, val_start = (val_data, 0) if val_data else (text, train_stop)
-            val_tokens = tokenizer.encode_file(val_text, val_bin, num_processes, val_start)
+            val_tokens = tokenizer.write_ids(val_text, val_start, None, val_bin, num_processes)
 
     val_size = os.path.getsize(val_text) - val_start
     print(f"text: {text}, {train_stop / 1e6:.1f} MB to train on, {val_size / 1e6:.1f} MB for validation; "
