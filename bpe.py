@@ -33,6 +33,7 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import sys
 import sysconfig
 import threading
@@ -40,7 +41,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -272,10 +273,7 @@ def distinct_words(text, special):
 
 def utf8(text):
     """The UTF-8 bytes of a str. Surrogates, which have none, count as U+FFFD."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
 def cut_pattern(specials):
@@ -520,13 +518,6 @@ class Segmentation:
         return np.concatenate((places, before[self.first[before] != new]))   # a neighbour that is `new` is in places
 
 
-def weight_of_cells(counts):
-    """How often the word of each cell occurs, in a Segmentation of the words of counts (dict[bytes, int])."""
-    # The smallest signed type, mostly int32: half the memory. (~n is -n - 1, which has a signed type.)
-    small = np.min_scalar_type(~max(counts.values(), default=0))
-    return np.repeat(np.fromiter(counts.values(), small), [len(word) + 1 for word in counts])
-
-
 class Descending(tuple):
     """A pair of tokens (bytes) that sorts in the opposite order: a heap gives the least, and the greatest is wanted."""
 
@@ -549,7 +540,10 @@ def learn_merges(counts, num_merges):
     """
     num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
     corpus = Segmentation(counts, np.ones(257 + num_merges, np.intp))
-    weight = weight_of_cells(counts)
+    # How often the word of each cell occurs, in the smallest signed type, mostly int32: half the memory. (~n is -n - 1,
+    # which has a signed type.)
+    small = np.min_scalar_type(~max(counts.values(), default=0))
+    weight = np.repeat(np.fromiter(counts.values(), small), [len(word) + 1 for word in counts])
     counts.clear()
     vocab, merges, heap, floor = list(BYTES), [], [], 0
 
@@ -806,7 +800,7 @@ class Tokenizer:
         uint16 for up to 65,536 tokens in the vocabulary, else uint32. Uses num_processes (0: one for each core) and
         memory that does not grow with the file. Malformed bytes count as U+FFFD.
         """
-        with replacing(bin_path) as temporary:
+        with replacing(bin_path) as (temporary,):
             return self.write_ids(text_path, 0, None, temporary, num_processes)
 
     def decode(self, ids):
@@ -923,7 +917,7 @@ def one_line_errors():
 
 
 @contextmanager
-def replacing_together(*paths):
+def replacing(*paths):
     """Yield a list of temporary names, one beside each path. They replace the paths when the block ends without error.
 
     Nobody sees half a file. Of several paths, the first is removed before any other is replaced, and put in place last:
@@ -952,17 +946,10 @@ def replacing_together(*paths):
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def replacing(path):
-    """Yield a temporary name beside `path`, which replaces it when the block ends without error."""
-    with replacing_together(path) as (temporary,):
-        yield temporary
-
-
 def write_together(folder, contents):
-    """Write the files of a folder, {name: bytes}, as replacing_together does. Makes the folder if it is not there."""
+    """Write the files of a folder, {name: bytes}, as replacing does. Makes the folder if it is not there."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing_together(*(Path(folder) / name for name in contents)) as temporaries:
+    with replacing(*(Path(folder) / name for name in contents)) as temporaries:
         for temporary, content in zip(temporaries, contents.values()):
             temporary.write_bytes(content)
 
@@ -971,19 +958,15 @@ def write_together(folder, contents):
 def only_run_in(folder):
     """Make `folder`, and hold it for this process until the block ends. Raises BlockingIOError if another run holds it.
 
-    The operating system frees the lock when the process ends, for whatever reason. The empty file .lock stays.
+    The lock is that of an SQLite database, .lock, which works on every system. The operating system frees it when the
+    process ends, for whatever reason. The empty file stays.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a") as file:
+    with closing(sqlite3.connect(Path(folder) / ".lock", timeout=0)) as lock:
         try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):   # what flock and what locking raise for a lock that is held
-            raise BlockingIOError(f"another run is at work in {folder}: "
+            lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
+        except sqlite3.OperationalError as error:
+            raise BlockingIOError(f"another run is at work in {folder}, or it cannot be locked ({error}): "
                                   "wait for it, or choose another folder") from None
         yield
 
@@ -1004,7 +987,7 @@ def collect(files, path, end):
     """
     files = sorted(files)
     random.Random(0).shuffle(files)
-    with replacing(path) as temporary, open(temporary, "wb") as corpus, phase("collecting"):
+    with replacing(path) as (temporary,), open(temporary, "wb") as corpus, phase("collecting"):
         for done, name in enumerate(files, 1):
             try:
                 with open(name, "rb") as document:
@@ -1099,7 +1082,7 @@ def main():
         contents, tables = tokenizer.file_contents(), [folder / name for name in OUTPUTS[:2]]
         if [path.read_bytes() for path in tables if path.exists()] == contents:
             tables = []   # the ids of the older run have the same meaning
-        with replacing_together(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
+        with replacing(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
             for path, content in zip(tables_tmp, contents):
                 path.write_bytes(content)
             train_tokens = tokenizer.write_ids(text, 0, train_stop, train_bin, num_processes)

@@ -342,7 +342,7 @@ def write_checkpoint(saved, out):
     if hasattr(out, "write"):
         return torch.save(saved, out)
     try:
-        with replacing(out) as temporary, open(temporary, "wb") as file:
+        with replacing(out) as (temporary,), open(temporary, "wb") as file:
             torch.save(saved, file)
     except (OSError, RuntimeError) as error:  # torch hides the operating system's reason behind one of its own
         raise OSError(f"{out} was not written, and what stood there before still stands: "
@@ -474,7 +474,7 @@ def one_voice():
 
 def write_log(log):
     """Write log.csv anew, whole or not at all. log: its rows, dicts from columns to numbers; None: an empty cell."""
-    with replacing(f"{out_dir}/log.csv") as temporary, open(temporary, "w", newline="") as file:
+    with replacing(f"{out_dir}/log.csv") as (temporary,), open(temporary, "w", newline="") as file:
         table = csv.DictWriter(file, log[0], lineterminator="\n")   # on every platform
         table.writeheader()
         table.writerows(log)
