@@ -194,13 +194,10 @@ class Rule(torch.optim.Optimizer):
     the number of the step, from 1. Each rule names those that it uses; the others end in `more`.
     """
 
-    def __init__(self, params, **options):
-        super().__init__(params, dict(options, t=0))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            group["t"] += 1
+            group["t"] = group.get("t", 0) + 1
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, p.grad, self.state[p], **group)
@@ -213,7 +210,7 @@ class SGD(Rule):
 
     def __init__(self, params, lr):
         require(lr >= 0, f"the learning rate {lr} is negative")
-        super().__init__(params, lr=lr)
+        super().__init__(params, dict(lr=lr))
 
     def update(self, p, g, state, lr, t, **more):
         p.sub_(lr / math.sqrt(t) * g)
@@ -234,7 +231,7 @@ class AdamW(Rule):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         require(min(lr, eps, weight_decay) >= 0 and 0 <= min(betas) <= max(betas) < 1,
                 f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, the betas {betas} in [0, 1)")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, group):
         """m and v begin at 0 (Muon's matrices have no v), and are there at once: so the first checkpoint of a run is as
@@ -386,11 +383,10 @@ def load_checkpoint(src, model, optimizer):
     """
     saved = src if isinstance(src, dict) else read_checkpoint(src, "optimizer", "iteration")
     model.load_state_dict(saved["model"])
-    if shard:   # each process keeps its part of what the optimizer remembers
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, state in saved["optimizer"]["state"].items():
-            for name, tensor in state.items():
-                state[name] = torch.empty_like(parameters[i]).copy_(tensor)
+    # Our optimizers have their m and v from the start. What was saved goes into these, also where they are sharded.
+    for ours, state in zip(optimizer.state.values(), saved["optimizer"]["state"].values()):
+        for name, tensor in state.items():
+            state[name] = ours[name].copy_(tensor)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["iteration"]
 
