@@ -417,12 +417,11 @@ def average(tensors):
         torch._foreach_div_(tensors, PROCESSES)
 
 
-def largest(*numbers):
-    """Each number's maximum over the processes, so that all of them decide alike."""
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    if PROCESSES > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return numbers.tolist()
+def agreed(number):
+    """A number's mean over the processes, so that all of them decide alike."""
+    number = torch.tensor(number, dtype=torch.float64)
+    average([number])
+    return number.item()
 
 
 def shard_model(model, kind):
@@ -742,9 +741,7 @@ def evaluate(model, tokens, parts, chip):
     # under no_grad torch.compile would compile the model a second time.
     losses = [model.loss(*windows(tokens, batch[part], context_length, chip)).detach()
               for batch in np.split(starts, eval_batches) for part in parts]
-    mean = torch.stack(losses).mean()
-    average([mean])
-    return mean.item()
+    return agreed(torch.stack(losses).mean().item())
 
 
 def shorter_warmup(total):
@@ -830,8 +827,10 @@ def main():
         parts = np.arange(batch_size).reshape(PROCESSES, grad_accum, -1)[RANK]   # (grad_accum, sequences)
 
         def clock():
-            """Seconds that the run has taken, those before it was resumed included."""
-            return earlier + time.perf_counter() - STARTED
+            """Seconds that the run has taken, those before it was resumed included. One clock for all processes, for
+            their rates must be equal.
+            """
+            return agreed(earlier + time.perf_counter() - STARTED)
 
         def horizon_at(seconds):
             """The step at which the run ends. With --max_minutes it is an estimate: in `seconds` it took `step` steps,
@@ -856,10 +855,12 @@ def main():
         begin = clock()
         evaluate(model, val_tokens, parts, chip)
         save()
-        budget = 60 * max_minutes - largest(1.5 * (clock() - begin) + 1.5)[0]   # Python takes a second to end
+        # Both may come twice at the end: if an evaluation that is due uses up the time, one step and another evaluation
+        # follow. Python takes a second to end.
+        budget = 60 * max_minutes - 2.5 * (clock() - begin) - 1.5
         if not max_minutes:
             warmup = shorter_warmup(steps)
-        horizon = horizon_at(*largest(clock()))   # one clock for all processes: their rates must be equal
+        horizon = horizon_at(clock())
 
         # since the last row of the log: the sums of the losses and of the gradient norms, on the device
         sums, row_step, row_end = torch.zeros(2, device=chip), step, clock()
@@ -882,9 +883,8 @@ def main():
             rule.step()
             rule.zero_grad()
 
-            # when another step as long as this one would end, and whether any process has caught a signal or an error
-            next_end, stop = largest(2 * clock() - begin, len(caught))
-            horizon = horizon_at(next_end)
+            horizon = horizon_at(2 * clock() - begin)   # when another step as long as this one would end
+            stop = agreed(len(caught))   # above 0 if any process has caught a signal or an error
             evaluating = step >= horizon or step % eval_interval == 0
             estimating = max_minutes and step == 5
             if not (evaluating or estimating or stop or step % log_interval == 0 or step == 1):
@@ -892,14 +892,15 @@ def main():
 
             # log: reading the sums waits for the device, which other steps do not
             average([sums])
-            train_loss, norm = (sums / (step - row_step)).tolist()
+            row_steps = step - row_step
+            train_loss, norm = (sums / row_steps).tolist()
             sums.zero_()
             seconds = clock()
-            pace = (seconds - row_end) / (step - row_step)   # seconds a step
+            pace = (seconds - row_end) / row_steps   # seconds a step
             left = max(0, budget - seconds) if max_minutes else pace * (steps - step)
             total = step + left / pace
             if estimating:   # the pace without start-up and compilation tells how many steps it will be
-                warmup = shorter_warmup(*largest(total))
+                warmup = shorter_warmup(total)
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
@@ -912,11 +913,9 @@ def main():
                     caught.append(error)
 
             # save
-            row_step, row_end = step, clock()   # evaluations do not count into the speed, but into the time
             if evaluating or stop:
                 save()
-                row_end = clock()
-                horizon = min(horizon, horizon_at(*largest(row_end)))   # the evaluation may have used up the time
+            row_step, row_end = step, clock()   # evaluations count into the time, but not into the speed
 
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
@@ -926,9 +925,6 @@ def main():
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
-        if not caught:
-            sys.stdout.flush()
-            os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
     if caught:
         raise caught[0]
 
@@ -936,3 +932,5 @@ def main():
 if __name__ == "__main__":
     with one_line_errors(), one_voice():
         main()
+    if PROCESSES > 1:
+        os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
