@@ -28,6 +28,7 @@ import csv
 import datetime
 import glob
 import html
+import inspect
 import json
 import math
 import signal
@@ -96,8 +97,7 @@ dtype = ""              # of matrix products: float32 (TF32 on CUDA) or bfloat16
 compile = True          # fuse the model with torch.compile: less time per step, after some seconds of compilation
 shard = False           # with torchrun: spread weights and optimiser state over the processes, for large models
 
-SHAPE = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_theta",
-         "post_norm", "rms_norm", "rope", "swiglu", "tie_embeddings")
+SHAPE = [*inspect.signature(TransformerLM).parameters][1:]   # the constants from context_length to tie_embeddings
 # What a resumed run may change. With another budget, the learning rate follows the new schedule.
 MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps", "max_minutes", "eval_interval",
               "log_interval", "device", "dtype", "compile", "shard")
@@ -131,8 +131,8 @@ def windows(dataset, starts, context_length, device):
     """The contexts that begin at `starts` (B) and, as targets, the same shifted by one:
     two tensors (B, T) of int64 on `device`.
     """
-    tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)].astype(np.int64)   # (B, T + 1)
-    tokens = torch.from_numpy(tokens)
+    tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)]   # (B, T + 1)
+    tokens = torch.as_tensor(tokens, dtype=torch.int64)
     if "cuda" in str(device):
         tokens = tokens.pin_memory()   # such a copy runs while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
@@ -428,10 +428,9 @@ def shard_model(model, kind):
     """Spread the parameters of each block over the processes, on devices of this kind ("cpu", "cuda"):
     a block is whole only while it computes (Zhao et al. 2023, FSDP).
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     # left to itself, FSDP takes a GPU even with --device=cpu
-    mesh = init_device_mesh(kind, (PROCESSES,))
+    mesh = dist.init_device_mesh(kind, (PROCESSES,))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
@@ -483,7 +482,7 @@ def read_run(folder):
     try:
         log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True, ndmin=1, filling_values={"val_loss": 0})
         log = log[["step", "tokens", "seconds", "train_loss", "val_loss"]]
-        if not len(log) or not np.isfinite(log.tolist()).all():
+        if not np.isfinite(np.mean(log.tolist())):   # nor is the mean of no rows
             raise ValueError("no rows of finite numbers")
         return log, dict(json.loads(Path(folder, "config.json").read_bytes()))
     except (LookupError, TypeError, ValueError) as error:
@@ -541,11 +540,11 @@ def summary(log, bytes_per_token):
         return "no evaluation yet"
     last = [row for row in log if row["val_loss"]][-1]
     loss, lowest, step = last["val_loss"], best["val_loss"], best["step"]
-    bits, lowest_bits = (nats / math.log(2) / bytes_per_token for nats in (loss, lowest))
+    bit = math.log(2) * bytes_per_token   # one bit per byte, in nats a token
     better = bool(lowest < loss)
     return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
             f"{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
-            f"{bits:.4f} bits per byte{f' (best {lowest_bits:.4f})' * better}")
+            f"{loss / bit:.4f} bits per byte{f' (best {lowest / bit:.4f})' * better}")
 
 
 def compare_runs():
@@ -645,7 +644,7 @@ def choose_precision(chip):
     if chip.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = chip.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        fast = chip.type == "cpu" and torch.cpu._is_avx512_bf16_supported()   # as has every CPU with AMX
     return getattr(torch, dtype or ("bfloat16" if fast else "float32"))
 
 
@@ -670,8 +669,8 @@ def load_data(saved, parent):
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    occurs = np.bincount(val_tokens).tolist()   # how often each token
-    val_bytes = sum(len(tokenizer.vocab[number]) * times for number, times in enumerate(occurs))
+    counts = enumerate(np.bincount(val_tokens).tolist())   # how often each token occurs
+    val_bytes = sum(len(tokenizer.vocab[number]) * count for number, count in counts)
     return tokenizer, train_tokens, val_tokens, check_sums, val_bytes / len(val_tokens)
 
 
@@ -679,10 +678,9 @@ def build(vocab_size, chip, precision, parent):
     """The model on its device, with new weights or the parent's, and its optimiser (`rule`)."""
     torch.manual_seed(seed)
     model = TransformerLM(vocab_size, **{name: globals()[name] for name in SHAPE})
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.attn.output_proj.weight.mul_(residual_gain)
-            layer.ffn.w2.weight.mul_(residual_gain)
+    for layer in model.layers:
+        layer.attn.output_proj.weight.data *= residual_gain
+        layer.ffn.w2.weight.data *= residual_gain
     if parent:
         model.load_state_dict(parent[0].state_dict())
     if shard:
@@ -704,9 +702,8 @@ def prepare_folder(config, tokenizer, log, resumed):
     if old and not resumed:
         while os.path.exists(f"{here}.{number}"):
             number += 1
-        os.mkdir(f"{here}.{number}")
         for name in old:
-            os.rename(f"{here}/{name}", f"{here}.{number}/{name}")
+            os.renames(f"{here}/{name}", f"{here}.{number}/{name}")   # makes the folder, too
         print(f"{out_dir} held a run: it is in {os.path.basename(here)}.{number} now")
     elif best_row(log) and old < RESULTS:
         print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
@@ -772,10 +769,10 @@ def check_divergence(row, vocab_size):
     """Raise FloatingPointError if the run diverged: a figure is not finite,
     or the loss is ten times that of a blind guess, log(vocab_size).
     """
-    loss, norm = row["train_loss"], row["grad_norm"]
-    if not math.isfinite(loss + norm + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
+    loss = row["train_loss"]
+    if not math.isfinite(loss + row["grad_norm"] + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
         raise FloatingPointError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
-                                 f"gradient norm {norm:.4g}, lr {row['lr']:.3g}; "
+                                 f"gradient norm {row['grad_norm']:.4g}, lr {row['lr']:.3g}; "
                                  f"{out_dir}/ckpt.pt keeps the last good weights")
 
 
@@ -840,7 +837,7 @@ def main():
 
         def save():
             """Write ckpt.pt and curves.svg; first best.pt, if the last row has the lowest validation loss."""
-            if log and log[-1] is best_row(log):
+            if best_row(log) in log[-1:]:
                 write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
             save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
                             seconds=clock(), warmup=warmup)
