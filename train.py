@@ -128,10 +128,10 @@ def load_tokens(path, vocab_size, context_length):
 
 
 def windows(dataset, starts, context_length, device):
-    """The contexts that begin at `starts` (B) and, as targets, the same shifted by one:
+    """The contexts that begin at `starts` (B), an array, and, as targets, the same shifted by one:
     two tensors (B, T) of int64 on `device`.
     """
-    tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)]   # (B, T + 1)
+    tokens = np.lib.stride_tricks.sliding_window_view(dataset, context_length + 1)[starts]   # (B, T + 1)
     tokens = torch.as_tensor(tokens, dtype=torch.int64)
     if "cuda" in str(device):
         tokens = tokens.pin_memory()   # such a copy runs while the GPU computes
@@ -149,7 +149,7 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, part=
     require(len(dataset) > context_length,
             f"{len(dataset)} tokens are too few for one context of {context_length} and the next token")
     starts = torch.randint(len(dataset) - context_length, (batch_size,), generator=generator)
-    return windows(dataset, starts[part], context_length, device)
+    return windows(dataset, starts[part].numpy(), context_length, device)
 
 
 def generator_of_step(seed, step):
@@ -245,7 +245,7 @@ class AdamW(Rule):
         m, v, (beta1, beta2) = state["m"], state["v"], betas
         if self.fused:
             return torch._fused_adamw_(
-                [p], [g], [m], [v], [], [torch.full((), float(t), device=p.device)], lr=lr, beta1=beta1, beta2=beta2,
+                [p], [g], [m], [v], [], [p.new_full((), t, dtype=torch.float32)], lr=lr, beta1=beta1, beta2=beta2,
                 weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
         p.mul_(1 - lr * weight_decay)                    # p <- p - lr lambda p
         m.lerp_(g, 1 - beta1)                            # m <- beta1 m + (1 - beta1) g
@@ -308,12 +308,12 @@ def parameter_groups(model):
 
     In every step, main sets the rate of a group to the schedule's times its `scale` (1 if it has none).
     """
-    embeddings, head = model.token_embeddings.weight, model.lm_head.weight
     muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else {}
     return [dict(params=[p for p in model.layers.parameters() if p.dim() == 2], **muon),
-            dict(params=[head]),
+            dict(params=[model.lm_head.weight]),
             dict(params=[p for p in model.parameters() if p.dim() == 1], weight_decay=0.0),
-            dict(params=[embeddings] if embeddings is not head else [], weight_decay=0.0, scale=embedding_scale)]
+            dict(params=[] if tie_embeddings else [model.token_embeddings.weight], weight_decay=0.0,
+                 scale=embedding_scale)]
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -641,10 +641,10 @@ def choose_device(name):
 
 def choose_precision(chip):
     """The data type of the matrix products on a device."""
-    if chip.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if chip.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported()   # by every CPU with AMX, too
     else:
-        fast = chip.type == "cpu" and torch.cpu._is_avx512_bf16_supported()   # as has every CPU with AMX
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)   # not where MPS is
     return getattr(torch, dtype or ("bfloat16" if fast else "float32"))
 
 
@@ -662,8 +662,9 @@ def load_data(saved, parent):
     require(not parent or parent[1].file_contents() == tables,
             f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
             f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
-    (train_tokens, train_crc), (val_tokens, val_crc) = (
-        load_tokens(f"{data_dir}/{name}.bin", len(tokenizer.vocab), context_length) for name in ("train", "val"))
+    vocab_size = len(tokenizer.vocab)
+    train_tokens, train_crc = load_tokens(f"{data_dir}/train.bin", vocab_size, context_length)
+    val_tokens, val_crc = load_tokens(f"{data_dir}/val.bin", vocab_size, context_length)
     require(eval_batches * batch_size <= len(val_tokens), f"--eval_batches={eval_batches} of {batch_size} sequences "
             f"are more places than the {len(val_tokens):,} tokens of {data_dir}/val.bin have")
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
