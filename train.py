@@ -25,7 +25,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # If one of several processes fails, each of the others would print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
-import datetime
 import glob
 import html
 import inspect
@@ -36,7 +35,8 @@ import sys
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -179,7 +179,7 @@ def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
     return the norm before (scalar tensor). Handout, section 4.5.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
     # no `if`: a GPU would have to stop for the answer
     torch._foreach_mul_(grads, (max_l2_norm / (norm + eps)).clamp(max=1))
     return norm
@@ -446,15 +446,14 @@ def sharding():
     return implicit_replication()
 
 
-@contextmanager
-def one_voice():
-    """Of several processes, let rank 0 print, and only one tell its error. A process that fails waits first, the longer
-    the higher its rank; the first one that ends tells its error, and torchrun ends the others.
+def in_one_voice(run):
+    """Call run(). Of several processes, let rank 0 print, and only one tell its error. A process that fails waits
+    first, the longer the higher its rank; the first one that ends tells its error, and torchrun ends the others.
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        yield
+        run()
     except (Exception, KeyboardInterrupt) as error:
         if PROCESSES > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
@@ -523,11 +522,6 @@ def draw_curves(logs, name):
     write_together(out_dir, {name: "\n".join(curves(logs)).encode(errors="replace")})
 
 
-def duration(seconds):
-    """Hours, minutes and seconds, as in 0:02:05."""
-    return datetime.timedelta(seconds=int(seconds))
-
-
 def best_row(log):
     """The row with the lowest validation loss; None before the first evaluation."""
     return min((row for row in log if row["val_loss"]), key=lambda row: row["val_loss"], default=None)
@@ -542,7 +536,7 @@ def summary(log, bytes_per_token):
     loss, lowest, step = last["val_loss"], best["val_loss"], best["step"]
     bit = math.log(2) * bytes_per_token   # one bit per byte, in nats a token
     better = bool(lowest < loss)
-    return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
+    return (f"{last['tokens']:,.0f} tokens in {timedelta(seconds=int(last['seconds']))}: validation loss {loss:.4f}"
             f"{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
             f"{loss / bit:.4f} bits per byte{f' (best {lowest / bit:.4f})' * better}")
 
@@ -725,10 +719,10 @@ def compile_model(model, inputs, targets):
     try:
         model.compile_parts()
         model.loss(inputs, targets).backward()
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"{time.perf_counter() - begin:.0f} s")
     except Exception as error:  # no C++ compiler, no Triton, no place for the cache: each has an exception of its own
         torch.compiler.set_stance("force_eager")
-        print(f"failed, so steps take longer: {' '.join(str(error).split())[:200]}", flush=True)
+        print(f"failed, so steps take longer: {' '.join(str(error).split())[:200]}")
     model.zero_grad()
 
 
@@ -784,7 +778,7 @@ def report(log, left, total):
     validation = f", validation {row['val_loss']:.3f}" if row["val_loss"] else ""
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
-          f"{row['tokens_per_second']:,.0f} tokens/s, {duration(left)} left", flush=True)
+          f"{row['tokens_per_second']:,.0f} tokens/s, {timedelta(seconds=int(left))} left", flush=True)
 
 
 def main():
@@ -928,7 +922,7 @@ def main():
 
 
 if __name__ == "__main__":
-    with one_line_errors(), one_voice():
-        main()
+    with one_line_errors():
+        in_one_voice(main)
     if PROCESSES > 1:
         os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
