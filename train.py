@@ -99,8 +99,8 @@ shard = False           # with torchrun: spread weights and optimiser state over
 
 SHAPE = [*inspect.signature(TransformerLM).parameters][1:]   # the constants from context_length to tie_embeddings
 # What a resumed run may change. With another budget, the learning rate follows the new schedule.
-MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps", "max_minutes", "eval_interval",
-              "log_interval", "device", "dtype", "compile", "shard")
+MAY_CHANGE = ("data_dir", "out_dir", "resume", "grad_accum", "steps", "max_minutes", "eval_interval", "log_interval",
+              "device", "dtype", "compile", "shard")
 RESULTS = {"ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt"}
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 
@@ -113,7 +113,7 @@ def load_tokens(path, vocab_size, context_length):
     The ids are uint16, or uint32 for a vocabulary of more than 65,536 tokens. Raises InputError (a ValueError) if the
     file ends inside a token, is too short for one context and the token after it, or holds an id beyond the vocabulary.
     """
-    kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
+    kind = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
     size = os.path.getsize(path)
     if size % kind.itemsize or size <= context_length * kind.itemsize:
         raise InputError(f"{path} is too short, cut, or made for another vocabulary: its {size} bytes must be a whole "
@@ -131,15 +131,15 @@ def windows(dataset, starts, context_length, device):
     """The contexts that begin at `starts` (B), an array, and, as targets, the same shifted by one:
     two tensors (B, T) of int64 on `device`.
     """
-    tokens = np.lib.stride_tricks.sliding_window_view(dataset, context_length + 1)[starts]   # (B, T + 1)
-    tokens = torch.as_tensor(tokens, dtype=torch.int64)
+    contexts = np.lib.stride_tricks.sliding_window_view(dataset, context_length + 1)   # from every place, as a view
+    tokens = torch.as_tensor(contexts[starts], dtype=torch.int64)   # (B, T + 1)
     if "cuda" in str(device):
         tokens = tokens.pin_memory()   # such a copy runs while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def get_batch(dataset, batch_size, context_length, device, generator=None, part=slice(None)):
+def get_batch(dataset, batch_size, context_length, device, generator=None, part=...):
     """Draw batch_size contexts at random places of a 1-D array of token ids;
     return inputs and targets, each (B, T), int64, on `device`.
 
@@ -241,7 +241,7 @@ class AdamW(Rule):
         for p in group["params"]:
             self.state[p] = {name: torch.zeros_like(p) for name in ("m" if "momentum" in group else "mv")}
 
-    def update(self, p, g, state, lr, betas, eps, weight_decay, t, **more):
+    def update(self, p, g, state, lr, weight_decay, betas, eps, t, **more):
         m, v, (beta1, beta2) = state["m"], state["v"], betas
         if self.fused:
             return torch._fused_adamw_(
@@ -295,7 +295,7 @@ class Muon(AdamW):
 
     def update(self, p, g, state, lr, weight_decay, momentum=0, **more):
         if not momentum:
-            return super().update(p, g, state, lr, weight_decay=weight_decay, **more)
+            return super().update(p, g, state, lr, weight_decay, **more)
         m = state["m"].lerp_(g, 1 - momentum)
         # Nesterov's form, which looks one step ahead: momentum * m + (1 - momentum) * g rather than m
         move = orthogonalise(whole(g.lerp(m, momentum)), self.dtype)
@@ -396,9 +396,10 @@ def load_run(folder):
 
     Raises InputError (a ValueError) if its files are damaged or do not belong together.
     """
-    best = f"{folder}/best.pt"
-    path = best if os.path.exists(best) else f"{folder}/ckpt.pt"
-    saved, tokenizer = read_checkpoint(path, "config"), Tokenizer.from_folder(folder)
+    path = f"{folder}/best.pt"
+    if not os.path.exists(path):
+        path = f"{folder}/ckpt.pt"
+    saved, tokenizer = read_checkpoint(path), Tokenizer.from_folder(folder)
     try:
         model = TransformerLM(len(tokenizer.vocab), **{name: saved["config"][name] for name in SHAPE})
         model.load_state_dict(saved["model"])
@@ -459,7 +460,7 @@ def in_one_voice(run):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
             time.sleep(0.5 + 0.3 * RANK)
         if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
-            raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum") from None
+            raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum")
         raise
 
 
@@ -664,8 +665,8 @@ def load_data(saved, parent):
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    counts = enumerate(np.bincount(val_tokens).tolist())   # how often each token occurs
-    val_bytes = sum(len(tokenizer.vocab[number]) * count for number, count in counts)
+    val_bytes = sum(len(tokenizer.vocab[number]) * count   # count: how often the token occurs
+                    for number, count in enumerate(np.bincount(val_tokens).tolist()))
     return tokenizer, train_tokens, val_tokens, check_sums, val_bytes / len(val_tokens)
 
 
@@ -681,8 +682,8 @@ def build(vocab_size, chip, precision, parent):
     if shard:
         shard_model(model, chip.type)
     model.to(chip)
-    # from here on, the loss comes with its matrix products in this data type
-    model.loss = torch.autocast(chip.type, precision, enabled=precision != torch.float32)(model.loss)
+    if precision == torch.bfloat16:   # from here on, the loss comes with its matrix products in bfloat16
+        model.loss = torch.autocast(chip.type, precision)(model.loss)
     rule = Muon(parameter_groups(model), lr, (beta1, beta2), eps, weight_decay)   # AdamW, if no group has a momentum
     rule.dtype = precision
     return model, rule
@@ -704,7 +705,7 @@ def prepare_folder(config, tokenizer, log, resumed):
         print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
-    write_together(here, {"config.json": (json.dumps(config, indent=1) + "\n").encode()})
+    write_together(here, {"config.json": json.dumps(config, indent=1).encode()})
     tokenizer.save(here)
 
 
@@ -856,8 +857,8 @@ def main():
 
         # since the last row of the log: the sums of the losses and of the gradient norms, on the device
         sums, row_step, row_end = torch.zeros(2, device=chip), step, clock()
-        caught, stop = catch_signals(), False
-        while step < horizon and not stop:
+        caught = catch_signals()
+        while step < horizon:
             # one step
             begin, step = clock(), step + 1
             rate = get_lr_cosine_schedule(step, lr, min_lr, warmup, horizon)
@@ -908,6 +909,8 @@ def main():
             if evaluating or stop:
                 save()
             row_step, row_end = step, clock()   # evaluations count into the time, but not into the speed
+            if stop:
+                break
 
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
