@@ -179,7 +179,7 @@ def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
     return the norm before (scalar tensor). Handout, section 4.5.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     # no `if`: a GPU would have to stop for the answer
     torch._foreach_mul_(grads, (max_l2_norm / (norm + eps)).clamp(max=1))
     return norm
@@ -361,8 +361,7 @@ def read_checkpoint(src, *names):
     """
     try:
         with zipfile.ZipFile(src) as archive:   # torch writes a zip file, but does not look at its check sums
-            if archive.testzip():
-                raise ValueError("a check sum is wrong")
+            require(not archive.testzip(), "a check sum is wrong")
         if hasattr(src, "seek"):
             src.seek(0)
         saved = torch.load(src, map_location="cpu", weights_only=True)
@@ -630,16 +629,16 @@ def choose_device(name):
         number.item()   # a device such as "meta" has a name, but no numbers
         return number.device
     except Exception:   # torch has many ways to say that it lacks a device
-        require(False, f"--device={name}: this machine, or this torch, has no such device; "
-                       "choose cpu, cuda, cuda:1 or mps")
+        require(False,
+                f"--device={name}: this machine, or this torch, has no such device; choose cpu, cuda, cuda:1 or mps")
 
 
 def choose_precision(chip):
     """The data type of the matrix products on a device."""
     if chip.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported()   # by every CPU with AMX, too
+        fast = torch.cpu._is_avx512_bf16_supported()   # every CPU with AMX has it, too
     else:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)   # not where MPS is
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)   # False without CUDA, as on MPS
     return getattr(torch, dtype or ("bfloat16" if fast else "float32"))
 
 
@@ -650,8 +649,8 @@ def load_data(saved, parent):
     Raises UsageError for data of another tokenizer than the parent's, or not those of the checkpoint.
     """
     if not os.path.exists(f"{data_dir}/vocab.json"):
-        raise FileNotFoundError(f"{data_dir} has no vocab.json: bpe.py has not run there, or not to its end; "
-                                "run it first")
+        raise FileNotFoundError(
+            f"{data_dir} has no vocab.json: bpe.py has not run there, or not to its end; run it first")
     tokenizer = Tokenizer.from_folder(data_dir)
     tables = tokenizer.file_contents()
     require(not parent or parent[1].file_contents() == tables,
@@ -880,7 +879,7 @@ def main():
             stop = agreed(len(caught))   # above 0 if any process has caught a signal or an error
             evaluating = step >= horizon or step % eval_interval == 0
             estimating = max_minutes and step == 5
-            if not (evaluating or estimating or stop or step % log_interval == 0 or step == 1):
+            if not (evaluating or estimating or stop or step % log_interval == 0 or not log):
                 continue
 
             # log: reading the sums waits for the device, which other steps do not
