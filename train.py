@@ -25,9 +25,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # If one of several processes fails, each of the others would print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import csv
-import datetime
 import glob
 import html
+import inspect
 import json
 import math
 import signal
@@ -35,7 +35,8 @@ import sys
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -96,11 +97,10 @@ dtype = ""              # of matrix products: float32 (TF32 on CUDA) or bfloat16
 compile = True          # fuse the model with torch.compile: less time per step, after some seconds of compilation
 shard = False           # with torchrun: spread weights and optimiser state over the processes, for large models
 
-SHAPE = ("context_length", "num_layers", "d_model", "num_heads", "d_ff", "rope_theta",
-         "post_norm", "rms_norm", "rope", "swiglu", "tie_embeddings")
+SHAPE = [*inspect.signature(TransformerLM).parameters][1:]   # the constants from context_length to tie_embeddings
 # What a resumed run may change. With another budget, the learning rate follows the new schedule.
-MAY_CHANGE = ("data_dir", "out_dir", "resume", "compare", "grad_accum", "steps", "max_minutes", "eval_interval",
-              "log_interval", "device", "dtype", "compile", "shard")
+MAY_CHANGE = ("data_dir", "out_dir", "resume", "grad_accum", "steps", "max_minutes", "eval_interval", "log_interval",
+              "device", "dtype", "compile", "shard")
 RESULTS = {"ckpt.pt", "best.pt", "log.csv", "config.json", "curves.svg", "vocab.json", "merges.txt"}
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # set by torchrun
 
@@ -113,7 +113,7 @@ def load_tokens(path, vocab_size, context_length):
     The ids are uint16, or uint32 for a vocabulary of more than 65,536 tokens. Raises InputError (a ValueError) if the
     file ends inside a token, is too short for one context and the token after it, or holds an id beyond the vocabulary.
     """
-    kind = np.dtype("<u2" if vocab_size <= 2 ** 16 else "<u4")
+    kind = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
     size = os.path.getsize(path)
     if size % kind.itemsize or size <= context_length * kind.itemsize:
         raise InputError(f"{path} is too short, cut, or made for another vocabulary: its {size} bytes must be a whole "
@@ -128,18 +128,18 @@ def load_tokens(path, vocab_size, context_length):
 
 
 def windows(dataset, starts, context_length, device):
-    """The contexts that begin at `starts` (B) and, as targets, the same shifted by one:
+    """The contexts that begin at `starts` (B), an array, and, as targets, the same shifted by one:
     two tensors (B, T) of int64 on `device`.
     """
-    tokens = dataset[np.asarray(starts)[:, None] + np.arange(context_length + 1)].astype(np.int64)   # (B, T + 1)
-    tokens = torch.from_numpy(tokens)
+    contexts = np.lib.stride_tricks.sliding_window_view(dataset, context_length + 1)   # from every place, as a view
+    tokens = torch.as_tensor(contexts[starts], dtype=torch.int64)   # (B, T + 1)
     if "cuda" in str(device):
         tokens = tokens.pin_memory()   # such a copy runs while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def get_batch(dataset, batch_size, context_length, device, generator=None, part=slice(None)):
+def get_batch(dataset, batch_size, context_length, device, generator=None, part=...):
     """Draw batch_size contexts at random places of a 1-D array of token ids;
     return inputs and targets, each (B, T), int64, on `device`.
 
@@ -149,7 +149,7 @@ def get_batch(dataset, batch_size, context_length, device, generator=None, part=
     require(len(dataset) > context_length,
             f"{len(dataset)} tokens are too few for one context of {context_length} and the next token")
     starts = torch.randint(len(dataset) - context_length, (batch_size,), generator=generator)
-    return windows(dataset, starts[part], context_length, device)
+    return windows(dataset, starts[part].numpy(), context_length, device)
 
 
 def generator_of_step(seed, step):
@@ -194,13 +194,10 @@ class Rule(torch.optim.Optimizer):
     the number of the step, from 1. Each rule names those that it uses; the others end in `more`.
     """
 
-    def __init__(self, params, **options):
-        super().__init__(params, dict(options, t=0))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            group["t"] += 1
+            group["t"] = group.get("t", 0) + 1
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, p.grad, self.state[p], **group)
@@ -213,7 +210,7 @@ class SGD(Rule):
 
     def __init__(self, params, lr):
         require(lr >= 0, f"the learning rate {lr} is negative")
-        super().__init__(params, lr=lr)
+        super().__init__(params, dict(lr=lr))
 
     def update(self, p, g, state, lr, t, **more):
         p.sub_(lr / math.sqrt(t) * g)
@@ -234,7 +231,7 @@ class AdamW(Rule):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         require(min(lr, eps, weight_decay) >= 0 and 0 <= min(betas) <= max(betas) < 1,
                 f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be at least 0, the betas {betas} in [0, 1)")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, group):
         """m and v begin at 0 (Muon's matrices have no v), and are there at once: so the first checkpoint of a run is as
@@ -244,11 +241,11 @@ class AdamW(Rule):
         for p in group["params"]:
             self.state[p] = {name: torch.zeros_like(p) for name in ("m" if "momentum" in group else "mv")}
 
-    def update(self, p, g, state, lr, betas, eps, weight_decay, t, **more):
+    def update(self, p, g, state, lr, weight_decay, betas, eps, t, **more):
         m, v, (beta1, beta2) = state["m"], state["v"], betas
         if self.fused:
             return torch._fused_adamw_(
-                [p], [g], [m], [v], [], [torch.full((), float(t), device=p.device)], lr=lr, beta1=beta1, beta2=beta2,
+                [p], [g], [m], [v], [], [p.new_full((), t, dtype=torch.float32)], lr=lr, beta1=beta1, beta2=beta2,
                 weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False)
         p.mul_(1 - lr * weight_decay)                    # p <- p - lr lambda p
         m.lerp_(g, 1 - beta1)                            # m <- beta1 m + (1 - beta1) g
@@ -298,7 +295,7 @@ class Muon(AdamW):
 
     def update(self, p, g, state, lr, weight_decay, momentum=0, **more):
         if not momentum:
-            return super().update(p, g, state, lr, weight_decay=weight_decay, **more)
+            return super().update(p, g, state, lr, weight_decay, **more)
         m = state["m"].lerp_(g, 1 - momentum)
         # Nesterov's form, which looks one step ahead: momentum * m + (1 - momentum) * g rather than m
         move = orthogonalise(whole(g.lerp(m, momentum)), self.dtype)
@@ -311,12 +308,12 @@ def parameter_groups(model):
 
     In every step, main sets the rate of a group to the schedule's times its `scale` (1 if it has none).
     """
-    embeddings, head = model.token_embeddings.weight, model.lm_head.weight
     muon = dict(momentum=0.95, scale=muon_lr / lr) if optimizer == "muon" else {}
     return [dict(params=[p for p in model.layers.parameters() if p.dim() == 2], **muon),
-            dict(params=[head]),
+            dict(params=[model.lm_head.weight]),
             dict(params=[p for p in model.parameters() if p.dim() == 1], weight_decay=0.0),
-            dict(params=[embeddings] if embeddings is not head else [], weight_decay=0.0, scale=embedding_scale)]
+            dict(params=[] if tie_embeddings else [model.token_embeddings.weight], weight_decay=0.0,
+                 scale=embedding_scale)]
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -364,8 +361,7 @@ def read_checkpoint(src, *names):
     """
     try:
         with zipfile.ZipFile(src) as archive:   # torch writes a zip file, but does not look at its check sums
-            if archive.testzip():
-                raise ValueError("a check sum is wrong")
+            require(not archive.testzip(), "a check sum is wrong")
         if hasattr(src, "seek"):
             src.seek(0)
         saved = torch.load(src, map_location="cpu", weights_only=True)
@@ -386,11 +382,10 @@ def load_checkpoint(src, model, optimizer):
     """
     saved = src if isinstance(src, dict) else read_checkpoint(src, "optimizer", "iteration")
     model.load_state_dict(saved["model"])
-    if shard:   # each process keeps its part of what the optimizer remembers
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, state in saved["optimizer"]["state"].items():
-            for name, tensor in state.items():
-                state[name] = torch.empty_like(parameters[i]).copy_(tensor)
+    # Our optimizers have their m and v from the start. What was saved goes into these, also where they are sharded.
+    for ours, state in zip(optimizer.state.values(), saved["optimizer"]["state"].values()):
+        for name, tensor in state.items():
+            state[name] = ours[name].copy_(tensor)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["iteration"]
 
@@ -400,9 +395,10 @@ def load_run(folder):
 
     Raises InputError (a ValueError) if its files are damaged or do not belong together.
     """
-    best = f"{folder}/best.pt"
-    path = best if os.path.exists(best) else f"{folder}/ckpt.pt"
-    saved, tokenizer = read_checkpoint(path, "config"), Tokenizer.from_folder(folder)
+    path = f"{folder}/best.pt"
+    if not os.path.exists(path):
+        path = f"{folder}/ckpt.pt"
+    saved, tokenizer = read_checkpoint(path), Tokenizer.from_folder(folder)
     try:
         model = TransformerLM(len(tokenizer.vocab), **{name: saved["config"][name] for name in SHAPE})
         model.load_state_dict(saved["model"])
@@ -421,22 +417,20 @@ def average(tensors):
         torch._foreach_div_(tensors, PROCESSES)
 
 
-def largest(*numbers):
-    """Each number's maximum over the processes, so that all of them decide alike."""
-    numbers = torch.tensor(numbers, dtype=torch.float64)
-    if PROCESSES > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return numbers.tolist()
+def agreed(number):
+    """A number's mean over the processes, so that all of them decide alike."""
+    number = torch.tensor(number, dtype=torch.float64)
+    average([number])
+    return number.item()
 
 
 def shard_model(model, kind):
     """Spread the parameters of each block over the processes, on devices of this kind ("cpu", "cuda"):
     a block is whole only while it computes (Zhao et al. 2023, FSDP).
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     # left to itself, FSDP takes a GPU even with --device=cpu
-    mesh = init_device_mesh(kind, (PROCESSES,))
+    mesh = dist.init_device_mesh(kind, (PROCESSES,))
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "loss")  # the loop calls model.loss, where FSDP expects model(...)
@@ -452,21 +446,20 @@ def sharding():
     return implicit_replication()
 
 
-@contextmanager
-def one_voice():
-    """Of several processes, let rank 0 print, and only one tell its error. A process that fails waits first, the longer
-    the higher its rank; the first one that ends tells its error, and torchrun ends the others.
+def in_one_voice(run):
+    """Call run(). Of several processes, let rank 0 print, and only one tell its error. A process that fails waits
+    first, the longer the higher its rank; the first one that ends tells its error, and torchrun ends the others.
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        yield
+        run()
     except (Exception, KeyboardInterrupt) as error:
         if PROCESSES > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
             time.sleep(0.5 + 0.3 * RANK)
         if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
-            raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum") from None
+            raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum")
         raise
 
 
@@ -488,7 +481,7 @@ def read_run(folder):
     try:
         log = np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True, ndmin=1, filling_values={"val_loss": 0})
         log = log[["step", "tokens", "seconds", "train_loss", "val_loss"]]
-        if not len(log) or not np.isfinite(log.tolist()).all():
+        if not np.isfinite(np.mean(log.tolist())):   # nor is the mean of no rows
             raise ValueError("no rows of finite numbers")
         return log, dict(json.loads(Path(folder, "config.json").read_bytes()))
     except (LookupError, TypeError, ValueError) as error:
@@ -529,11 +522,6 @@ def draw_curves(logs, name):
     write_together(out_dir, {name: "\n".join(curves(logs)).encode(errors="replace")})
 
 
-def duration(seconds):
-    """Hours, minutes and seconds, as in 0:02:05."""
-    return datetime.timedelta(seconds=int(seconds))
-
-
 def best_row(log):
     """The row with the lowest validation loss; None before the first evaluation."""
     return min((row for row in log if row["val_loss"]), key=lambda row: row["val_loss"], default=None)
@@ -546,11 +534,11 @@ def summary(log, bytes_per_token):
         return "no evaluation yet"
     last = [row for row in log if row["val_loss"]][-1]
     loss, lowest, step = last["val_loss"], best["val_loss"], best["step"]
-    bits, lowest_bits = (nats / math.log(2) / bytes_per_token for nats in (loss, lowest))
+    bit = math.log(2) * bytes_per_token   # one bit per byte, in nats a token
     better = bool(lowest < loss)
-    return (f"{last['tokens']:,.0f} tokens in {duration(last['seconds'])}: validation loss {loss:.4f}"
+    return (f"{last['tokens']:,.0f} tokens in {timedelta(seconds=int(last['seconds']))}: validation loss {loss:.4f}"
             f"{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
-            f"{bits:.4f} bits per byte{f' (best {lowest_bits:.4f})' * better}")
+            f"{loss / bit:.4f} bits per byte{f' (best {lowest / bit:.4f})' * better}")
 
 
 def compare_runs():
@@ -641,16 +629,16 @@ def choose_device(name):
         number.item()   # a device such as "meta" has a name, but no numbers
         return number.device
     except Exception:   # torch has many ways to say that it lacks a device
-        require(False, f"--device={name}: this machine, or this torch, has no such device; "
-                       "choose cpu, cuda, cuda:1 or mps")
+        require(False,
+                f"--device={name}: this machine, or this torch, has no such device; choose cpu, cuda, cuda:1 or mps")
 
 
 def choose_precision(chip):
     """The data type of the matrix products on a device."""
-    if chip.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if chip.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported()   # every CPU with AMX has it, too
     else:
-        fast = chip.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)   # False without CUDA, as on MPS
     return getattr(torch, dtype or ("bfloat16" if fast else "float32"))
 
 
@@ -661,22 +649,23 @@ def load_data(saved, parent):
     Raises UsageError for data of another tokenizer than the parent's, or not those of the checkpoint.
     """
     if not os.path.exists(f"{data_dir}/vocab.json"):
-        raise FileNotFoundError(f"{data_dir} has no vocab.json: bpe.py has not run there, or not to its end; "
-                                "run it first")
+        raise FileNotFoundError(
+            f"{data_dir} has no vocab.json: bpe.py has not run there, or not to its end; run it first")
     tokenizer = Tokenizer.from_folder(data_dir)
     tables = tokenizer.file_contents()
     require(not parent or parent[1].file_contents() == tables,
             f"--data_dir={data_dir} has another tokenizer than --init_from={init_from}: encode the text with "
             f"python bpe.py --tokenizer_dir={init_from} --data_dir={data_dir} --data=TEXT")
-    (train_tokens, train_crc), (val_tokens, val_crc) = (
-        load_tokens(f"{data_dir}/{name}.bin", len(tokenizer.vocab), context_length) for name in ("train", "val"))
+    vocab_size = len(tokenizer.vocab)
+    train_tokens, train_crc = load_tokens(f"{data_dir}/train.bin", vocab_size, context_length)
+    val_tokens, val_crc = load_tokens(f"{data_dir}/val.bin", vocab_size, context_length)
     require(eval_batches * batch_size <= len(val_tokens), f"--eval_batches={eval_batches} of {batch_size} sequences "
             f"are more places than the {len(val_tokens):,} tokens of {data_dir}/val.bin have")
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    occurs = np.bincount(val_tokens).tolist()   # how often each token
-    val_bytes = sum(len(tokenizer.vocab[number]) * times for number, times in enumerate(occurs))
+    val_bytes = sum(len(tokenizer.vocab[number]) * count   # count: how often the token occurs
+                    for number, count in enumerate(np.bincount(val_tokens).tolist()))
     return tokenizer, train_tokens, val_tokens, check_sums, val_bytes / len(val_tokens)
 
 
@@ -684,17 +673,16 @@ def build(vocab_size, chip, precision, parent):
     """The model on its device, with new weights or the parent's, and its optimiser (`rule`)."""
     torch.manual_seed(seed)
     model = TransformerLM(vocab_size, **{name: globals()[name] for name in SHAPE})
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.attn.output_proj.weight.mul_(residual_gain)
-            layer.ffn.w2.weight.mul_(residual_gain)
+    for layer in model.layers:
+        layer.attn.output_proj.weight.data *= residual_gain
+        layer.ffn.w2.weight.data *= residual_gain
     if parent:
         model.load_state_dict(parent[0].state_dict())
     if shard:
         shard_model(model, chip.type)
     model.to(chip)
-    # from here on, the loss comes with its matrix products in this data type
-    model.loss = torch.autocast(chip.type, precision, enabled=precision != torch.float32)(model.loss)
+    if precision == torch.bfloat16:   # from here on, the loss comes with its matrix products in bfloat16
+        model.loss = torch.autocast(chip.type, precision)(model.loss)
     rule = Muon(parameter_groups(model), lr, (beta1, beta2), eps, weight_decay)   # AdamW, if no group has a momentum
     rule.dtype = precision
     return model, rule
@@ -709,15 +697,14 @@ def prepare_folder(config, tokenizer, log, resumed):
     if old and not resumed:
         while os.path.exists(f"{here}.{number}"):
             number += 1
-        os.mkdir(f"{here}.{number}")
         for name in old:
-            os.rename(f"{here}/{name}", f"{here}.{number}/{name}")
+            os.renames(f"{here}/{name}", f"{here}.{number}/{name}")   # makes the folder, too
         print(f"{out_dir} held a run: it is in {os.path.basename(here)}.{number} now")
     elif best_row(log) and old < RESULTS:
         print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
-    write_together(here, {"config.json": (json.dumps(config, indent=1) + "\n").encode()})
+    write_together(here, {"config.json": json.dumps(config, indent=1).encode()})
     tokenizer.save(here)
 
 
@@ -732,10 +719,10 @@ def compile_model(model, inputs, targets):
     try:
         model.compile_parts()
         model.loss(inputs, targets).backward()
-        print(f"{time.perf_counter() - begin:.0f} s", flush=True)
+        print(f"{time.perf_counter() - begin:.0f} s")
     except Exception as error:  # no C++ compiler, no Triton, no place for the cache: each has an exception of its own
         torch.compiler.set_stance("force_eager")
-        print(f"failed, so steps take longer: {' '.join(str(error).split())[:200]}", flush=True)
+        print(f"failed, so steps take longer: {' '.join(str(error).split())[:200]}")
     model.zero_grad()
 
 
@@ -746,9 +733,7 @@ def evaluate(model, tokens, parts, chip):
     # under no_grad torch.compile would compile the model a second time.
     losses = [model.loss(*windows(tokens, batch[part], context_length, chip)).detach()
               for batch in np.split(starts, eval_batches) for part in parts]
-    mean = torch.stack(losses).mean()
-    average([mean])
-    return mean.item()
+    return agreed(torch.stack(losses).mean().item())
 
 
 def shorter_warmup(total):
@@ -779,10 +764,10 @@ def check_divergence(row, vocab_size):
     """Raise FloatingPointError if the run diverged: a figure is not finite,
     or the loss is ten times that of a blind guess, log(vocab_size).
     """
-    loss, norm = row["train_loss"], row["grad_norm"]
-    if not math.isfinite(loss + norm + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
+    loss = row["train_loss"]
+    if not math.isfinite(loss + row["grad_norm"] + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
         raise FloatingPointError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
-                                 f"gradient norm {norm:.4g}, lr {row['lr']:.3g}; "
+                                 f"gradient norm {row['grad_norm']:.4g}, lr {row['lr']:.3g}; "
                                  f"{out_dir}/ckpt.pt keeps the last good weights")
 
 
@@ -793,7 +778,7 @@ def report(log, left, total):
     validation = f", validation {row['val_loss']:.3f}" if row["val_loss"] else ""
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
-          f"{row['tokens_per_second']:,.0f} tokens/s, {duration(left)} left", flush=True)
+          f"{row['tokens_per_second']:,.0f} tokens/s, {timedelta(seconds=int(left))} left", flush=True)
 
 
 def main():
@@ -834,8 +819,10 @@ def main():
         parts = np.arange(batch_size).reshape(PROCESSES, grad_accum, -1)[RANK]   # (grad_accum, sequences)
 
         def clock():
-            """Seconds that the run has taken, those before it was resumed included."""
-            return earlier + time.perf_counter() - STARTED
+            """Seconds that the run has taken, those before it was resumed included. One clock for all processes, for
+            their rates must be equal.
+            """
+            return agreed(earlier + time.perf_counter() - STARTED)
 
         def horizon_at(seconds):
             """The step at which the run ends. With --max_minutes it is an estimate: in `seconds` it took `step` steps,
@@ -845,7 +832,7 @@ def main():
 
         def save():
             """Write ckpt.pt and curves.svg; first best.pt, if the last row has the lowest validation loss."""
-            if log and log[-1] is best_row(log):
+            if best_row(log) in log[-1:]:
                 write_checkpoint(dict(model=model.state_dict(), config=config), f"{out_dir}/best.pt")
             save_checkpoint(model, rule, step, f"{out_dir}/ckpt.pt", config=config, data=check_sums, log=log,
                             seconds=clock(), warmup=warmup)
@@ -860,15 +847,17 @@ def main():
         begin = clock()
         evaluate(model, val_tokens, parts, chip)
         save()
-        budget = 60 * max_minutes - largest(1.5 * (clock() - begin) + 1.5)[0]   # Python takes a second to end
+        # Both may come twice at the end: if an evaluation that is due uses up the time, one step and another evaluation
+        # follow. Python takes a second to end.
+        budget = 60 * max_minutes - 2.5 * (clock() - begin) - 1.5
         if not max_minutes:
             warmup = shorter_warmup(steps)
-        horizon = horizon_at(*largest(clock()))   # one clock for all processes: their rates must be equal
+        horizon = horizon_at(clock())
 
         # since the last row of the log: the sums of the losses and of the gradient norms, on the device
         sums, row_step, row_end = torch.zeros(2, device=chip), step, clock()
-        caught, stop = catch_signals(), False
-        while step < horizon and not stop:
+        caught = catch_signals()
+        while step < horizon:
             # one step
             begin, step = clock(), step + 1
             rate = get_lr_cosine_schedule(step, lr, min_lr, warmup, horizon)
@@ -886,24 +875,24 @@ def main():
             rule.step()
             rule.zero_grad()
 
-            # when another step as long as this one would end, and whether any process has caught a signal or an error
-            next_end, stop = largest(2 * clock() - begin, len(caught))
-            horizon = horizon_at(next_end)
+            horizon = horizon_at(2 * clock() - begin)   # when another step as long as this one would end
+            stop = agreed(len(caught))   # above 0 if any process has caught a signal or an error
             evaluating = step >= horizon or step % eval_interval == 0
             estimating = max_minutes and step == 5
-            if not (evaluating or estimating or stop or step % log_interval == 0 or step == 1):
+            if not (evaluating or estimating or stop or step % log_interval == 0 or not log):
                 continue
 
             # log: reading the sums waits for the device, which other steps do not
             average([sums])
-            train_loss, norm = (sums / (step - row_step)).tolist()
+            row_steps = step - row_step
+            train_loss, norm = (sums / row_steps).tolist()
             sums.zero_()
             seconds = clock()
-            pace = (seconds - row_end) / (step - row_step)   # seconds a step
+            pace = (seconds - row_end) / row_steps   # seconds a step
             left = max(0, budget - seconds) if max_minutes else pace * (steps - step)
             total = step + left / pace
             if estimating:   # the pace without start-up and compilation tells how many steps it will be
-                warmup = shorter_warmup(*largest(total))
+                warmup = shorter_warmup(total)
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
@@ -916,11 +905,11 @@ def main():
                     caught.append(error)
 
             # save
-            row_step, row_end = step, clock()   # evaluations do not count into the speed, but into the time
             if evaluating or stop:
                 save()
-                row_end = clock()
-                horizon = min(horizon, horizon_at(*largest(row_end)))   # the evaluation may have used up the time
+            row_step, row_end = step, clock()   # evaluations count into the time, but not into the speed
+            if stop:
+                break
 
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
@@ -930,13 +919,12 @@ def main():
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
-        if not caught:
-            sys.stdout.flush()
-            os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
     if caught:
         raise caught[0]
 
 
 if __name__ == "__main__":
-    with one_line_errors(), one_voice():
-        main()
+    with one_line_errors():
+        in_one_voice(main)
+    if PROCESSES > 1:
+        os._exit(0)   # gloo's threads have been seen to abort a process that shuts the interpreter down
