@@ -583,7 +583,8 @@ def adopt_runs(config):
     """
     saved = parent = None
     if resume and os.path.exists(f"{out_dir}/ckpt.pt"):
-        saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "data", "log", "seconds", "warmup")
+        saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "optimizer", "iteration", "data", "log", "seconds",
+                                "warmup")
         known = saved["config"]
         with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
             known |= json.loads(Path(out_dir, "config.json").read_bytes())
@@ -914,8 +915,8 @@ def main():
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         else:
-            files = f"; best.pt and curves.svg are in {out_dir}" * bool(best_row(log))
-            print(summary(log, config["val_bytes_per_token"]) + files)
+            reached = summary(log, config["val_bytes_per_token"])
+            print(f"{reached}; the run's files are in {out_dir}")
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
