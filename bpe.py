@@ -388,22 +388,17 @@ def in_parallel(function, tasks, num_processes):
 
 
 # for the report: how long each phase of the work took, and how many malformed places it met in the text
-SECONDS, MALFORMED = Counter(), Counter()
+SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 
 
-@contextmanager
-def phase(name):
-    """Add the time that the block takes to SECONDS."""
-    begin = time.perf_counter()
-    yield
-    SECONDS[name] += time.perf_counter() - begin
-    progress(" " * 40)
+def progress(phase, state):
+    """Show on a terminal how far a phase has come; the next line that is printed replaces it.
 
-
-def progress(*words):
-    """Show on a terminal how far a phase has come; the next line that is printed replaces it."""
+    The time since the last call, of whatever phase, counts as this phase's.
+    """
+    SECONDS[phase] += time.perf_counter() - BEGIN - SECONDS.total()
     if __name__ == "__main__" and sys.stdout.isatty():
-        print("\r", *words, end="\r", flush=True)
+        print(f"{phase} {state:40}", end="\r", flush=True)
 
 
 def on_block(function, path, block):
@@ -419,19 +414,18 @@ def on_block(function, path, block):
     return function(text), text.count(b"\xef\xbf\xbd") - raw.count(b"\xef\xbf\xbd")   # U+FFFD
 
 
-def in_blocks(name, function, path, cut, start, stop, num_processes):
+def in_blocks(phase, function, path, cut, start, stop, num_processes):
     """Yield function(text) of each block of bytes start..stop of a file, in order, from all cores.
 
     stop None: to the end.
     """
     with mapped(path) as text:
         blocks = [*pieces(text, cut, BLOCK, start, stop or len(text))]
-    with phase(name):
-        results = in_parallel(partial(on_block, function, path), blocks, num_processes)
-        for done, (result, malformed) in enumerate(results, 1):
-            yield result
-            MALFORMED[name] += malformed
-            progress(name, f"{done / len(blocks):.0%}")
+    results = in_parallel(partial(on_block, function, path), blocks, num_processes)
+    for done, (result, malformed) in enumerate(results, 1):
+        yield result
+        MALFORMED[phase] += malformed
+        progress(phase, f"{done / len(blocks):.0%}")
 
 
 # --------------------------------------------------------------------------------------------------- 6. learning merges
@@ -547,31 +541,30 @@ def learn_merges(counts, num_merges):
     counts.clear()
     vocab, merges, heap, floor = list(BYTES), [], [], 0
 
-    with phase("merging pairs"):
-        while len(merges) < num_merges and (heap or floor != 1):
-            if not heap:
-                floor, places = 0, corpus.begins()
-            else:
-                bound, pair, left, right, places = heapq.heappop(heap)
-                places = places[corpus.pairs(places) == left << 32 | right]
-                occurs = int(weight[places].sum())
-                if occurs < -bound:
-                    if occurs >= floor:
-                        heapq.heappush(heap, (-occurs, pair, left, right, places))
-                    continue
-                new = len(vocab)
-                merges.append(tuple(pair))
-                vocab.append(b"".join(pair))
-                corpus.lengths[new] = len(vocab[new])
-                places = corpus.merge_all(left, right, new, places)
-                progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
-            pairs, bounds, places = corpus.group_by_pair(places)
-            occurs = np.add.reduceat(weight[places], bounds[:-1])
-            floor = floor or max(1, int(occurs.max(initial=0)) // 8)
-            for i in np.flatnonzero(occurs >= floor).tolist():
-                left, right = divmod(int(pairs[i]), 1 << 32)
-                heapq.heappush(heap, (-int(occurs[i]), Descending((vocab[left], vocab[right])), left, right,
-                                      places[bounds[i]:bounds[i + 1]]))
+    while len(merges) < num_merges and (heap or floor != 1):
+        if not heap:
+            floor, places = 0, corpus.begins()
+        else:
+            bound, pair, left, right, places = heapq.heappop(heap)
+            places = places[corpus.pairs(places) == left << 32 | right]
+            occurs = int(weight[places].sum())
+            if occurs < -bound:
+                if occurs >= floor:
+                    heapq.heappush(heap, (-occurs, pair, left, right, places))
+                continue
+            new = len(vocab)
+            merges.append(tuple(pair))
+            vocab.append(b"".join(pair))
+            corpus.lengths[new] = len(vocab[new])
+            places = corpus.merge_all(left, right, new, places)
+            progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
+        pairs, bounds, places = corpus.group_by_pair(places)
+        occurs = np.add.reduceat(weight[places], bounds[:-1])
+        floor = floor or max(1, int(occurs.max(initial=0)) // 8)
+        for i in np.flatnonzero(occurs >= floor).tolist():
+            left, right = divmod(int(pairs[i]), 1 << 32)
+            heapq.heappush(heap, (-int(occurs[i]), Descending((vocab[left], vocab[right])), left, right,
+                                  places[bounds[i]:bounds[i + 1]]))
     return merges
 
 
@@ -681,7 +674,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder):
         """Load a folder's vocab.json and merges.txt. All tokens that are not bytes or made by merges are special."""
-        return cls.from_files(Path(folder) / "vocab.json", Path(folder) / "merges.txt", every_special=True)
+        return cls.from_files(f"{folder}/vocab.json", f"{folder}/merges.txt", every_special=True)
 
     def file_contents(self):
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
@@ -923,10 +916,9 @@ def replacing(*paths):
     Nobody sees half a file. Of several paths, the first is removed before any other is replaced, and put in place last:
     while new files stand beside old ones, and after a kill at that moment, the first one is missing.
     """
-    paths = [Path(path) for path in paths]
-    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    temporaries = [Path(f"{path}.tmp") for path in paths]
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise IsADirectoryError(f"{path} is a folder, but a file of this name is to be written: move it away")
     try:
         yield temporaries
@@ -934,7 +926,7 @@ def replacing(*paths):
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())   # the bytes reach the disk before the name does, even in a power cut
         if len(paths) > 1:
-            paths[0].unlink(missing_ok=True)
+            Path(paths[0]).unlink(missing_ok=True)
         for pair in reversed([*zip(temporaries, paths)]):
             os.replace(*pair)
     except OSError as error:
@@ -948,8 +940,8 @@ def replacing(*paths):
 
 def write_together(folder, contents):
     """Write the files of a folder, {name: bytes}, as replacing does. Makes the folder if it is not there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(*(Path(folder) / name for name in contents)) as temporaries:
+    os.makedirs(folder, exist_ok=True)
+    with replacing(*(f"{folder}/{name}" for name in contents)) as temporaries:
         for temporary, content in zip(temporaries, contents.values()):
             temporary.write_bytes(content)
 
@@ -961,8 +953,8 @@ def only_run_in(folder):
     The lock is that of an SQLite database, .lock, which works on every system. The operating system frees it when the
     process ends, for whatever reason. The empty file stays.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(Path(folder) / ".lock", timeout=0)) as lock:
+    os.makedirs(folder, exist_ok=True)
+    with closing(sqlite3.connect(f"{folder}/.lock", timeout=0)) as lock:
         try:
             lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
         except sqlite3.OperationalError as error:
@@ -987,7 +979,7 @@ def collect(files, path, end):
     """
     files = sorted(files)
     random.Random(0).shuffle(files)
-    with replacing(path) as (temporary,), open(temporary, "wb") as corpus, phase("collecting"):
+    with replacing(path) as (temporary,), open(temporary, "wb") as corpus:
         for done, name in enumerate(files, 1):
             try:
                 with open(name, "rb") as document:
@@ -998,31 +990,31 @@ def collect(files, path, end):
             progress("collecting", f"{done:,} of {len(files):,} files")
 
 
-def real_paths(paths):
+def real_files(paths):
     """The files that these paths lead to, a set: each counts once, however many links lead to it."""
-    return {Path(os.path.realpath(path)) for path in paths}
+    return {Path(os.path.realpath(path)) for path in paths if os.path.isfile(path)}
 
 
 def own_files():
-    """The files that this run writes into data_dir, and their temporary names."""
+    """The files in data_dir that this run would replace or remove: its outputs and their temporary names."""
     names = OUTPUTS if os.path.isfile(data) else (*OUTPUTS, "corpus.txt")
-    return real_paths(Path(data_dir, name + end) for name in names for end in ("", ".tmp"))
+    return real_files(f"{data_dir}/{name}{end}" for name in names for end in ("", ".tmp"))
 
 
-def find_text(folder, document_end):
-    """The file that --data names; or corpus.txt in `folder`, made of the files that match the pattern."""
+def find_text(document_end):
+    """The file that --data names; or corpus.txt in data_dir, made of the files that match the pattern."""
     if os.path.isfile(data):
-        return Path(data)
-    files = real_paths(glob.glob(data, recursive=True) if data else standard_library())
+        return data
+    files = real_files(glob.glob(data, recursive=True) if data else standard_library())
     own = files & own_files()
-    files = {path for path in files - own if path.is_file()}
     if own:
         print(f"note: left out, as this program writes them: {', '.join(sorted(map(str, own)))}", file=sys.stderr)
-    if not files:
+    if files == own:
         raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
                                 "for all files of a folder, write 'folder/**/*'")
-    collect(files, folder / "corpus.txt", document_end)
-    return folder / "corpus.txt"
+    corpus = f"{data_dir}/corpus.txt"
+    collect(files - own, corpus, document_end)
+    return corpus
 
 
 def start_of_held_out(path, tokenizer, document_end):
@@ -1060,30 +1052,30 @@ def check_flags():
     tokenizer = Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)
     require(len(tokenizer.vocab) == 256 + len(tokenizer.special_tokens),
             f"--special_tokens={special_tokens!r}: one of them is a single byte, which is a token already")
-    corpus = Path(data_dir) / "corpus.txt"
-    require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
-            f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
-    require(not real_paths([data, val_data]) & own_files(),
+    require(os.path.isfile(data) or os.path.exists(f"{data_dir}/.lock") or not os.path.exists(f"{data_dir}/corpus.txt"),
+            f"{data_dir}/corpus.txt is not from this program, and this run would replace it: choose another --data_dir")
+    require(not real_files([data, val_data]) & own_files(),
             f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
     return tokenizer
 
 
 def main():
-    tokenizer, folder, began = check_flags(), Path(data_dir), time.perf_counter()
-    with only_run_in(folder):
+    tokenizer = check_flags()
+    with only_run_in(data_dir):
         if tokenizer_dir:
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
         document_end = [*tokenizer.special_ids, b"\n"][0]
-        text = find_text(folder, document_end)
+        text = find_text(document_end)
         train_stop = os.path.getsize(text) if val_data else start_of_held_out(text, tokenizer, document_end)
         if not tokenizer_dir:
             specials = tokenizer.special_tokens
             tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
-        contents, tables = tokenizer.file_contents(), [folder / name for name in OUTPUTS[:2]]
-        if [path.read_bytes() for path in tables if path.exists()] == contents:
-            tables = []   # the ids of the older run have the same meaning
-        with replacing(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
-            for path, content in zip(tables_tmp, contents):
+        contents, paths = tokenizer.file_contents(), [f"{data_dir}/{name}" for name in OUTPUTS]
+        if [Path(path).read_bytes() for path in paths[:2] if os.path.exists(path)] == contents:
+            del paths[:2]   # they stay: the ids of the older run have the same meaning
+        progress("vocabulary", "")
+        with replacing(*paths) as (*tables, train_bin, val_bin):
+            for path, content in zip(tables, contents):
                 path.write_bytes(content)
             train_tokens = tokenizer.write_ids(text, 0, train_stop, train_bin, num_processes)
             speed = train_stop / 1e6 / SECONDS["encoding"]
@@ -1097,7 +1089,7 @@ def main():
         print("the text has no more pairs to merge: "
               f"the vocabulary ends at {len(tokenizer.vocab)} tokens, short of {vocab_size}")
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in SECONDS.items())
-    print(f"seconds: {phases}; {time.perf_counter() - began:.2f} in all")
+    print(f"seconds: {phases}; {time.perf_counter() - BEGIN:.2f} in all")
     print(f"peak memory: {peak_memory()}")
     longest = sorted(tokenizer.vocab.values(), key=len)[-5:]
     print("longest tokens:", ", ".join(f"{token.decode(errors='replace')!r} ({len(token)} bytes)" for token in longest))
@@ -1105,7 +1097,7 @@ def main():
           f"{val_size / val_tokens:.3f} in validation text")
     print(f"encoding: {speed:.1f} MB/s; the Pile (825 GB) would take {825e3 / speed / 3600:.1f} hours")
     print(f"wrote vocab.json ({len(tokenizer.vocab):,} tokens), merges.txt, "
-          f"train.bin ({train_tokens:,} ids, {tokenizer.dtype.name}) and val.bin ({val_tokens:,}) into {folder}")
+          f"train.bin ({train_tokens:,} ids, {tokenizer.dtype.name}) and val.bin ({val_tokens:,}) into {data_dir}")
     if val_tokens < 257:
         print(f"warning: {val_tokens} ids are too few to validate a context of 256: name a longer text with --val_data",
               file=sys.stderr)
