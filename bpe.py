@@ -38,7 +38,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -81,8 +81,8 @@ def special_pattern(specials):
     """
     require(b"" not in specials, "a special token is empty text, which matches everywhere: leave it out")
     # In this order a longer one comes before its own beginning. The byte 0xFF, which UTF-8 never has, matches nothing.
-    longest_first = sorted(specials, reverse=True) or [b"\xff"]
-    return re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")")
+    any_of_them = b"|".join(map(re.escape, sorted(specials, reverse=True)))
+    return re.compile(b"(%s)" % (any_of_them or b"\xff"))
 
 
 def plain_words(text, special):
@@ -153,15 +153,16 @@ def plain_encode(word, merges):
 
 # ----------------------------------------------------------------------------------------- 3. pre-tokens at array speed
 
-# the kinds of character that the pattern tells apart; from SPECIAL on, those of special tokens
-OTHER, SPACE, LETTER, DIGIT, SPECIAL = range(5)
+# The kinds of character that the pattern tells apart are 0 (other), SPACE, 2 (letter) and 3 (digit). From SPECIAL on,
+# they are those of special tokens.
+SPACE, SPECIAL = 1, 4
 
 
 @cache
 def kind_of_code_point():
     """The kind of each code point below 0x40000, as the pattern's own engine sees it: (0x40000,) uint8.
 
-    All beyond are OTHER.
+    All beyond are of kind 0.
     """
     kinds = np.zeros(0x40000, np.uint8)
     for run in regex.finditer(r"(\s+)|(\p{L}+)|(\p{N}+)", "".join(map(chr, range(0x40000)))):
@@ -175,7 +176,7 @@ def kind_of_byte(text):
     kinds = kind_of_code_point().take(byte)
     wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
     points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
-    kinds[byte > 127] = kind_of_code_point()[np.minimum(points, 0x3FFFF)][np.cumsum(wide >= 0xC0) - 1]
+    kinds[byte > 127] = kind_of_code_point().take(points, mode="clip")[np.cumsum(wide >= 0xC0) - 1]
     return kinds
 
 
@@ -224,11 +225,11 @@ def pretokenise(text, special):
     begins[last] = True
 
     # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them.
-    spans = [match.span() for match in CONTRACTION.finditer(padded)]
-    starts, stops = np.array(spans, np.intp).reshape(-1, 2).T
-    holds = begins[starts]
-    begins[starts[holds] + 1] = False
-    begins[stops[holds]] = True
+    for match in CONTRACTION.finditer(padded):
+        start, stop = match.span()
+        if begins[start]:
+            begins[start + 1] = False
+            begins[stop] = True
 
     places = np.flatnonzero(begins[:len(text)])
     return places, np.diff(places, append=len(text))
@@ -407,9 +408,7 @@ def on_block(function, path, block):
     text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
     """
     start, stop = block
-    with open(path, "rb") as file:
-        file.seek(start)
-        raw = file.read(stop - start)
+    raw = np.fromfile(path, np.uint8, stop - start, offset=start).tobytes()
     text = raw.decode(errors="replace").encode()
     return function(text), text.count(b"\xef\xbf\xbd") - raw.count(b"\xef\xbf\xbd")   # U+FFFD
 
@@ -448,9 +447,8 @@ class Segmentation:
 
     def __init__(self, words, lengths):
         """words: bytes objects, UTF-8. lengths: the bytes of each token, and at the end a 1 for the token -1."""
-        # 0xFF marks the gaps, as UTF-8 never has it.
-        token_of_byte = np.int32([*range(255), -1])
-        self.first = token_of_byte[np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)]
+        cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)   # UTF-8 never has the byte 0xFF
+        self.first = np.where(cells < 0xFF, cells, np.int32(-1))
         self.last = self.first.copy()
         self.lengths = lengths
 
@@ -570,8 +568,8 @@ def learn_merges(counts, num_merges):
 
 # GPT-2 writes a byte as one visible character: itself if it is one in Latin-1, else the next of U+0100, U+0101, ...
 # (a space is U+0120).
-OTHERS = iter(map(chr, range(0x100, 0x200)))
-CHARACTERS = [chr(byte) if chr(byte).isprintable() and byte != ord(" ") else next(OTHERS) for byte in range(256)]
+OTHERS = map(chr, range(0x100, 0x200))
+CHARACTERS = [sign if sign.isprintable() and sign != " " else next(OTHERS) for sign in map(chr, range(256))]
 
 
 def to_visible(token):
@@ -626,8 +624,8 @@ class Tokenizer:
         self.ids = np.array([ids[token] for token in self.numbers], self.dtype)
         self.lengths = np.array([*map(len, self.numbers), 1])
         self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
-        self.order = np.argsort(self.pairs)   # NEVER, the last one, is above all that merge_words looks for
-        self.sorted_pairs = self.pairs[self.order]
+        # NEVER, the last one, is above all that merge_words looks for.
+        self.sorted_pairs, self.order = np.unique(self.pairs, return_index=True)
         self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
                             for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
@@ -653,7 +651,7 @@ class Tokenizer:
         Raises InputError, naming the files, if they are broken.
         """
         try:
-            table = dict(json.loads(Path(vocab_filepath).read_text(encoding="utf-8")))
+            table = dict(json.loads(Path(vocab_filepath).read_bytes()))
             tokens, merges = dict(zip(CHARACTERS, BYTES)), []   # tokens: {visible form: bytes}
             for line in Path(merges_filepath).read_text(encoding="utf-8").split("\n"):
                 if line and not line.startswith("#version"):
@@ -745,20 +743,19 @@ class Tokenizer:
         self.cached += sum(map(len, new))
         return [self.cache[word] for word in words]
 
+    def encode_bytes(self, text):
+        """The token ids of valid UTF-8, as bytes of self.dtype."""
+        words, index = distinct_words(text, self.special)
+        return b"".join(np.array(self.encode_words(words), object).take(index).tolist())
+
     def encode(self, text):
         """The token ids of a str, list[int]. Special tokens in it become their ids; lone surrogates count as U+FFFD."""
         raw = utf8(text)
-        # For a few words the pattern itself is faster than arrays: 5 microseconds instead of 200.
-        ids = self.encode_bytes(raw) if len(raw) > 4096 else b"".join(self.encode_words(plain_words(raw, self.special)))
-        return np.frombuffer(ids, self.dtype).tolist()
-
-    def encode_bytes(self, text):
-        """The token ids of valid UTF-8, as bytes of self.dtype."""
-        ids = []
-        for start, stop in pieces(text, self.cut, BLOCK, 0, len(text)):
-            words, index = distinct_words(text[start:stop], self.special)
-            ids += np.array(self.encode_words(words), object).take(index).tolist()
-        return b"".join(ids)
+        if len(raw) > 4096:
+            ids = [self.encode_bytes(raw[start:stop]) for start, stop in pieces(raw, self.cut, BLOCK, 0, len(raw))]
+        else:   # for a few words the pattern itself is faster than arrays: 5 microseconds instead of 200
+            ids = self.encode_words(plain_words(raw, self.special))
+        return np.frombuffer(b"".join(ids), self.dtype).tolist()
 
     def encode_iterable(self, iterable):
         """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily.
@@ -816,7 +813,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     Raises InputError (a ValueError) for a vocab_size without room for bytes and special tokens, an empty special token
     or an empty file; OSError for a file that cannot be read.
     """
-    plain, counts = Tokenizer.untrained(special_tokens, vocab_size), defaultdict(int)
+    plain, counts = Tokenizer.untrained(special_tokens, vocab_size), Counter()
     for part in in_blocks("counting words", partial(count_words, plain.special), input_path, plain.cut, 0, stop,
                           num_processes):
         for word, occurs in zip(*part):
@@ -825,9 +822,8 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     for token in plain.special_ids:
         counts.pop(token, None)
     merges = learn_merges(counts, vocab_size - len(plain.vocab))
-    vocab = [*plain.vocab.values()]
-    vocab[256:256] = map(b"".join, merges)   # between the bytes and the special tokens
-    return dict(enumerate(vocab)), merges
+    tokens = {**made_by(merges), **plain.special_ids}   # a dict, for a special token that is a byte comes once
+    return dict(enumerate(tokens)), merges
 
 
 # --------------------------------------------------------------------- 8. flags, errors and files, for all four scripts
@@ -1075,7 +1071,8 @@ def main():
                 path.write_bytes(content)
             train_tokens = tokenizer.write_ids(text, 0, train_stop, train_bin, num_processes)
             speed = train_stop / 1e6 / SECONDS["encoding"]
-            val_text, val_start = (val_data, 0) if val_data else (text, train_stop)
+            val_text = val_data or text
+            val_start = 0 if val_data else train_stop
             val_tokens = tokenizer.write_ids(val_text, val_start, None, val_bin, num_processes)
 
     val_size = os.path.getsize(val_text) - val_start
