@@ -489,19 +489,17 @@ class Segmentation:
     def merge(self, new, places):
         """Merge the pairs that begin at `places`, and do not overlap, into the token `new`: one, or one for each place.
 
-        Afterwards new pairs begin there, and at the left neighbours: returns where these begin (where the left
-        neighbour is a gap, the gap's cell).
+        Returns where new pairs begin: at `places` and at the left neighbours. There are also cells where none begins:
+        gaps, and right parts of other pairs that have just been merged.
         """
+        before = places - self.lengths[self.last[places - 1]]
         self.first[places + self.lengths[self.first[places]]] = -1   # the right part
         self.first[places] = new
         self.last[places + self.lengths[new] - 1] = new
-        return places - self.lengths[self.last[places - 1]]
+        return np.concatenate((places, before))
 
     def merge_all(self, pair, new, places):
-        """merge a pair at all these places, which may overlap: of x x x x, at 0 and 2.
-
-        Returns all places where new pairs begin.
-        """
+        """merge for a pair whose places may overlap: of x x x x, the pairs at 0 and 2 are merged."""
         if pair >> 32 == pair & 0xFFFFFFFF:
             apart, end = [], 0
             for place in np.sort(places).tolist():
@@ -509,8 +507,7 @@ class Segmentation:
                     apart.append(place)
                     end = place + int(self.lengths[new])
             places = np.array(apart, np.intp)
-        before = self.merge(new, places)
-        return np.concatenate((places, before[self.first[before] != new]))   # a neighbour that is `new` is in places
+        return self.merge(new, places)
 
 
 class Descending(tuple):
@@ -711,7 +708,7 @@ class Tokenizer:
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
             key[places + self.lengths[corpus.first[places]]] = NEVER
-            changed = np.concatenate((places, corpus.merge(256 + (best >> 32), places)))
+            changed = corpus.merge(256 + (best >> 32), places)
 
     def replay(self, corpus):
         """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
@@ -820,7 +817,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
             counts[word] += occurs
     del part   # the last one: 10 MB less at the peak, which follows
     for token in plain.special_ids:
-        counts.pop(token, None)
+        del counts[token]   # from a Counter, even if it is not there
     merges = learn_merges(counts, vocab_size - len(plain.vocab))
     tokens = {**made_by(merges), **plain.special_ids}   # a dict, for a special token that is a byte comes once
     return dict(enumerate(tokens)), merges
@@ -961,7 +958,7 @@ def standard_library():
     """The files of Python's standard library, without tests and site-packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return [module for module in root.rglob("*.py")
-            if not {"test", "tests", "idle_test", "site-packages"} & {*module.relative_to(root).parts}]
+            if {"test", "tests", "idle_test", "site-packages"}.isdisjoint(module.relative_to(root).parts)]
 
 
 def collect(files, path, end):
