@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import argparse
 import ctypes
 import glob
-import heapq
 import json
 import mmap
 import multiprocessing
@@ -43,6 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from functools import cache, partial
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +170,8 @@ def kind_of_code_point():
     return kinds
 
 
-def kind_of_byte(text):
-    """The kind of the character that each byte of valid UTF-8 belongs to: (len(text),) uint8."""
-    byte = np.frombuffer(text, np.uint8)
+def kind_of_byte(byte):
+    """The kind of the character that each byte of valid UTF-8 belongs to: an array of uint8, as is `byte`."""
     kinds = kind_of_code_point().take(byte)
     wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
     points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
@@ -205,9 +204,10 @@ def pretokenise(text, special):
     >>> [text[place:place + length] for place, length in zip(*pretokenise(text, special_pattern([])))]
     [b'We', b"'ve", b' ', b' 2', b' dogs']
     """
-    padded = bytearray(text + b"\0")   # a byte more, so that looking ahead stays inside
-    byte, kinds = np.frombuffer(padded, np.uint8), kind_of_byte(padded)
-    kinds[-1] = SPECIAL
+    padded = bytearray(text + b"\0")   # a byte more, which begins a word of its own kind: the end
+    byte = np.frombuffer(padded, np.uint8)
+    kinds = kind_of_byte(byte)
+    kinds[-1] = SPECIAL + 2
     for i, match in enumerate(special.finditer(text)):
         place = slice(*match.span())
         kinds[place] = SPECIAL + i % 2   # so that two in a row differ
@@ -231,8 +231,8 @@ def pretokenise(text, special):
             begins[start + 1] = False
             begins[stop] = True
 
-    places = np.flatnonzero(begins[:len(text)])
-    return places, np.diff(places, append=len(text))
+    places = np.flatnonzero(begins)
+    return places[:-1], np.diff(places)
 
 
 # -------------------------------------------------------------------------------------- 4. the distinct words of a text
@@ -542,12 +542,12 @@ def learn_merges(counts, num_merges):
         if not heap:
             floor, places = max(1, floor // 6), corpus.begins()
         else:
-            bound, parts, pair, places = heapq.heappop(heap)
+            bound, parts, pair, places = heappop(heap)
             places = places[corpus.pairs(places) == pair]
             occurs = int(weight[places].sum())
             if occurs < -bound:
                 if occurs >= floor:
-                    heapq.heappush(heap, (-occurs, parts, pair, places))
+                    heappush(heap, (-occurs, parts, pair, places))
                 continue
             new = len(vocab)
             merges.append(tuple(parts))
@@ -557,7 +557,7 @@ def learn_merges(counts, num_merges):
             progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
         for pair, occurs, places in corpus.group_by_pair(places, weight, floor):
             parts = Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF]))
-            heapq.heappush(heap, (-occurs, parts, pair, places))
+            heappush(heap, (-occurs, parts, pair, places))
     return merges
 
 
@@ -759,16 +759,17 @@ class Tokenizer:
 
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
-        text, enough = bytearray(), 8192   # what is not encoded yet, and above which length it is tried
-        size = 8192 + len(self.special.pattern)   # of a piece: longer than any special token
+        text, enough = bytearray(), 32768   # what is not encoded yet, and above which length the first half is tried
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
-                # All but the last two pieces: a special token that ends in the next item may lie across their border.
-                stop = [0, *(start for start, _ in pieces(text, self.cut, size, 0, len(text)))][-2]
-                yield from self.encode(text[:stop].decode())
-                text = text[stop:]
-                enough = 8192 + 2 * len(text)
+                place = self.cut.search(text, len(text) // 2)
+                stop = place.start() if place else len(text)
+                # Near the end, a special token that ends in the next item may lie across `stop`.
+                if stop < len(text) - len(self.special.pattern):
+                    yield from self.encode(text[:stop].decode())
+                    del text[:stop]
+                enough = 32768 + 2 * len(text)
         yield from self.encode(text.decode())
 
     def write_ids(self, text_path, start, stop, bin_path, num_processes):
@@ -962,7 +963,8 @@ def standard_library():
 
 
 def collect(files, path, end):
-    """Write files into one, each with `end` behind it, in an order that is sorted and then shuffled by a fixed seed.
+    """Write files into one, each with `end` behind it, in an order that is sorted and then shuffled by a fixed seed;
+    return its path.
 
     So the end of the file, which is held out for validation, is a fair sample of all of them.
     """
@@ -977,6 +979,7 @@ def collect(files, path, end):
             except FileNotFoundError:
                 print(f"note: {name} was removed after the files were listed: left out", file=sys.stderr)
             progress("collecting", f"{done:,} of {len(files):,} files")
+    return path
 
 
 def real_files(paths):
@@ -1001,9 +1004,7 @@ def find_text(document_end):
     if files == own:
         raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
                                 "for all files of a folder, write 'folder/**/*'")
-    corpus = f"{data_dir}/corpus.txt"
-    collect(files - own, corpus, document_end)
-    return corpus
+    return collect(files - own, f"{data_dir}/corpus.txt", document_end)
 
 
 def start_of_held_out(path, tokenizer, document_end):
