@@ -166,7 +166,7 @@ def kind_of_code_point():
     """
     kinds = np.zeros(0x40000, np.uint8)
     for run in regex.finditer(r"(\s+)|(\p{L}+)|(\p{N}+)", "".join(map(chr, range(0x40000)))):
-        kinds[run.start():run.end()] = run.lastindex   # the group that matched: 1 is SPACE, and so on
+        kinds[slice(*run.span())] = run.lastindex   # the group that matched: 1 is SPACE, and so on
     return kinds
 
 
@@ -249,14 +249,14 @@ def distinct_words(text, special):
     A word may come more than once in the list, which costs only time. Long words come once for each occurrence.
     """
     places, lengths = pretokenise(text, special)
-    long = lengths > 15
     # A row of 16 bytes for each word: its own bytes, then 0xFF, which UTF-8 never has.
     at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: the next 16 bytes of each
     rows = at_each_byte[places].view("16u1")                                      # (W, 16) uint8
     # Row n of this triangle is n zeros, then 0xFF.
     rows |= (np.tri(17, 16, -1, np.uint8) - 1).take(lengths, 0, mode="clip")
     low, high = rows.view("<i8").T   # the row as two numbers
-    low[long] = places[long]         # a long word differs from all others: from short ones, for these end in 0xFF
+    # A long word gets its place as a number, so it differs from all others: from short ones, for these end in 0xFF.
+    np.copyto(low, places, where=lengths > 15)
     # Sort so that equal words become neighbours. The upper half of each number is that of a hash, the lower half is the
     # word's index: so np.sort does the work of np.argsort in a third of the time.
     hashes = low * 0x1E3779B97F4A7C15 ^ high * 0x42B2AE3D27D4EB4F
@@ -611,7 +611,7 @@ class Tokenizer:
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
-            require(token.isascii() or not {*CHARACTERS} >= {*token},
+            require(token.isascii() or {*token} - {*CHARACTERS},
                     f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
                     "look whether its merges.txt is cut short")
         self.vocab = {token_id: token for token, token_id in ids.items()}
@@ -740,6 +740,11 @@ class Tokenizer:
         self.cached += sum(map(len, new))
         return [self.cache[word] for word in words]
 
+    def count_words(self, text):
+        """The words of a text, a list, and how often each occurs there. Special tokens count as words here."""
+        words, index = distinct_words(text, self.special)
+        return words, np.bincount(index).tolist()
+
     def encode_bytes(self, text):
         """The token ids of valid UTF-8, as bytes of self.dtype."""
         words, index = distinct_words(text, self.special)
@@ -795,12 +800,6 @@ class Tokenizer:
             raise InputError(f"the vocabulary has {len(self.vocab)} tokens, none with id {error}") from None
 
 
-def count_words(special, text):
-    """The words of a text, a list, and how often each occurs there. Special tokens count as words here."""
-    words, index = distinct_words(text, special)
-    return words, np.bincount(index).tolist()
-
-
 def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None):
     """Train a byte-level BPE tokenizer: the vocabulary, dict[int, bytes], and the merges, list[tuple[bytes, bytes]].
 
@@ -812,8 +811,7 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     or an empty file; OSError for a file that cannot be read.
     """
     plain, counts = Tokenizer.untrained(special_tokens, vocab_size), Counter()
-    for part in in_blocks("counting words", partial(count_words, plain.special), input_path, plain.cut, 0, stop,
-                          num_processes):
+    for part in in_blocks("counting words", plain.count_words, input_path, plain.cut, 0, stop, num_processes):
         for word, occurs in zip(*part):
             counts[word] += occurs
     del part   # the last one: 10 MB less at the peak, which follows
@@ -856,7 +854,7 @@ def configure(constants):
                                      usage="%(prog)s [--flag=value ...]; --help lists the flags",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
-    for name, comment in re.findall(r"^([a-z]\w*) = .*?  # (.*)$", source, re.MULTILINE):
+    for name, comment in re.findall(r"(?m)^([a-z]\w*) = .*?  # (.*)$", source):
         default = constants[name]
         parser.add_argument(f"--{name}", default=default, metavar=str(default), help=comment.replace("%", "%%"),
                             type=true_or_false if isinstance(default, bool) else type(default))
@@ -895,7 +893,7 @@ def one_line_errors():
         message = (f"{error.filename}: {error.strerror}" if getattr(error, "filename", None)
                    else str(error) or type(error).__name__)
         status = 2 if isinstance(error, UsageError) else 1
-    print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
