@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import argparse
 import ctypes
 import glob
-import heapq
 import json
 import mmap
 import multiprocessing
@@ -38,11 +37,12 @@ import sys
 import sysconfig
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from functools import cache, partial
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +81,8 @@ def special_pattern(specials):
     """
     require(b"" not in specials, "a special token is empty text, which matches everywhere: leave it out")
     # In this order a longer one comes before its own beginning. The byte 0xFF, which UTF-8 never has, matches nothing.
-    longest_first = sorted(specials, reverse=True) or [b"\xff"]
-    return re.compile(b"(" + b"|".join(map(re.escape, longest_first)) + b")")
+    any_of_them = b"|".join(map(re.escape, sorted(specials, reverse=True)))
+    return re.compile(b"(%s)" % (any_of_them or b"\xff"))
 
 
 def plain_words(text, special):
@@ -153,29 +153,29 @@ def plain_encode(word, merges):
 
 # ----------------------------------------------------------------------------------------- 3. pre-tokens at array speed
 
-# the kinds of character that the pattern tells apart; from SPECIAL on, those of special tokens
-OTHER, SPACE, LETTER, DIGIT, SPECIAL = range(5)
+# The kinds of character that the pattern tells apart are 0 (other), SPACE, 2 (letter) and 3 (digit). From SPECIAL on,
+# they are those of special tokens.
+SPACE, SPECIAL = 1, 4
 
 
 @cache
 def kind_of_code_point():
     """The kind of each code point below 0x40000, as the pattern's own engine sees it: (0x40000,) uint8.
 
-    All beyond are OTHER.
+    All beyond are of kind 0.
     """
     kinds = np.zeros(0x40000, np.uint8)
     for run in regex.finditer(r"(\s+)|(\p{L}+)|(\p{N}+)", "".join(map(chr, range(0x40000)))):
-        kinds[run.start():run.end()] = run.lastindex   # the group that matched: 1 is SPACE, and so on
+        kinds[slice(*run.span())] = run.lastindex   # the group that matched: 1 is SPACE, and so on
     return kinds
 
 
-def kind_of_byte(text):
-    """The kind of the character that each byte of valid UTF-8 belongs to: (len(text),) uint8."""
-    byte = np.frombuffer(text, np.uint8)
+def kind_of_byte(byte):
+    """The kind of the character that each byte of valid UTF-8 belongs to: an array of uint8, as is `byte`."""
     kinds = kind_of_code_point().take(byte)
     wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
     points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
-    kinds[byte > 127] = kind_of_code_point()[np.minimum(points, 0x3FFFF)][np.cumsum(wide >= 0xC0) - 1]
+    kinds[byte > 127] = kind_of_code_point().take(points, mode="clip")[np.cumsum(wide >= 0xC0) - 1]
     return kinds
 
 
@@ -204,9 +204,10 @@ def pretokenise(text, special):
     >>> [text[place:place + length] for place, length in zip(*pretokenise(text, special_pattern([])))]
     [b'We', b"'ve", b' ', b' 2', b' dogs']
     """
-    padded = bytearray(text + b"\0")   # a byte more, so that looking ahead stays inside
-    byte, kinds = np.frombuffer(padded, np.uint8), kind_of_byte(padded)
-    kinds[-1] = SPECIAL
+    padded = bytearray(text + b"\0")   # a byte more, which begins a word of its own kind: the end
+    byte = np.frombuffer(padded, np.uint8)
+    kinds = kind_of_byte(byte)
+    kinds[-1] = SPECIAL + 2
     for i, match in enumerate(special.finditer(text)):
         place = slice(*match.span())
         kinds[place] = SPECIAL + i % 2   # so that two in a row differ
@@ -224,14 +225,14 @@ def pretokenise(text, special):
     begins[last] = True
 
     # 3. Where a word begins with 's, 'll and so on, no word begins at these letters, and one begins after them.
-    spans = [match.span() for match in CONTRACTION.finditer(padded)]
-    starts, stops = np.array(spans, np.intp).reshape(-1, 2).T
-    holds = begins[starts]
-    begins[starts[holds] + 1] = False
-    begins[stops[holds]] = True
+    for match in CONTRACTION.finditer(padded):
+        start, stop = match.span()
+        if begins[start]:
+            begins[start + 1] = False
+            begins[stop] = True
 
-    places = np.flatnonzero(begins[:len(text)])
-    return places, np.diff(places, append=len(text))
+    places = np.flatnonzero(begins)
+    return places[:-1], np.diff(places)
 
 
 # -------------------------------------------------------------------------------------- 4. the distinct words of a text
@@ -248,14 +249,14 @@ def distinct_words(text, special):
     A word may come more than once in the list, which costs only time. Long words come once for each occurrence.
     """
     places, lengths = pretokenise(text, special)
-    long = lengths > 15
     # A row of 16 bytes for each word: its own bytes, then 0xFF, which UTF-8 never has.
     at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: the next 16 bytes of each
     rows = at_each_byte[places].view("16u1")                                      # (W, 16) uint8
     # Row n of this triangle is n zeros, then 0xFF.
     rows |= (np.tri(17, 16, -1, np.uint8) - 1).take(lengths, 0, mode="clip")
     low, high = rows.view("<i8").T   # the row as two numbers
-    low[long] = places[long]         # a long word differs from all others: from short ones, for these end in 0xFF
+    # A long word gets its place as a number, so it differs from all others: from short ones, for these end in 0xFF.
+    np.copyto(low, places, where=lengths > 15)
     # Sort so that equal words become neighbours. The upper half of each number is that of a hash, the lower half is the
     # word's index: so np.sort does the work of np.argsort in a third of the time.
     hashes = low * 0x1E3779B97F4A7C15 ^ high * 0x42B2AE3D27D4EB4F
@@ -388,22 +389,17 @@ def in_parallel(function, tasks, num_processes):
 
 
 # for the report: how long each phase of the work took, and how many malformed places it met in the text
-SECONDS, MALFORMED = Counter(), Counter()
+SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 
 
-@contextmanager
-def phase(name):
-    """Add the time that the block takes to SECONDS."""
-    begin = time.perf_counter()
-    yield
-    SECONDS[name] += time.perf_counter() - begin
-    progress(" " * 40)
+def progress(phase, state):
+    """Show on a terminal how far a phase has come; the next line that is printed replaces it.
 
-
-def progress(*words):
-    """Show on a terminal how far a phase has come; the next line that is printed replaces it."""
+    The time since the last call, of whatever phase, counts as this phase's.
+    """
+    SECONDS[phase] += time.perf_counter() - BEGIN - SECONDS.total()
     if __name__ == "__main__" and sys.stdout.isatty():
-        print("\r", *words, end="\r", flush=True)
+        print(f"{phase} {state:40}", end="\r", flush=True)
 
 
 def on_block(function, path, block):
@@ -412,26 +408,23 @@ def on_block(function, path, block):
     text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
     """
     start, stop = block
-    with open(path, "rb") as file:
-        file.seek(start)
-        raw = file.read(stop - start)
+    raw = np.fromfile(path, np.uint8, stop - start, offset=start).tobytes()
     text = raw.decode(errors="replace").encode()
     return function(text), text.count(b"\xef\xbf\xbd") - raw.count(b"\xef\xbf\xbd")   # U+FFFD
 
 
-def in_blocks(name, function, path, cut, start, stop, num_processes):
+def in_blocks(phase, function, path, cut, start, stop, num_processes):
     """Yield function(text) of each block of bytes start..stop of a file, in order, from all cores.
 
     stop None: to the end.
     """
     with mapped(path) as text:
         blocks = [*pieces(text, cut, BLOCK, start, stop or len(text))]
-    with phase(name):
-        results = in_parallel(partial(on_block, function, path), blocks, num_processes)
-        for done, (result, malformed) in enumerate(results, 1):
-            yield result
-            MALFORMED[name] += malformed
-            progress(name, f"{done / len(blocks):.0%}")
+    results = in_parallel(partial(on_block, function, path), blocks, num_processes)
+    for done, (result, malformed) in enumerate(results, 1):
+        yield result
+        MALFORMED[phase] += malformed
+        progress(phase, f"{done / len(blocks):.0%}")
 
 
 # --------------------------------------------------------------------------------------------------- 6. learning merges
@@ -454,9 +447,8 @@ class Segmentation:
 
     def __init__(self, words, lengths):
         """words: bytes objects, UTF-8. lengths: the bytes of each token, and at the end a 1 for the token -1."""
-        # 0xFF marks the gaps, as UTF-8 never has it.
-        token_of_byte = np.int32([*range(255), -1])
-        self.first = token_of_byte[np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)]
+        cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)   # UTF-8 never has the byte 0xFF
+        self.first = np.where(cells < 0xFF, cells, np.int32(-1))
         self.last = self.first.copy()
         self.lengths = lengths
 
@@ -473,16 +465,19 @@ class Segmentation:
         right = self.first[places + self.lengths[left]]
         return left << 32 | right   # anything | -1 is -1
 
-    def group_by_pair(self, places):
-        """The distinct pairs at these places, their bounds, and the places sorted by pair, without those of no pair.
-
-        The places of pair i are places[bounds[i]:bounds[i + 1]].
+    def group_by_pair(self, places, weight, floor):
+        """Yield each pair that begins at these places, how often it occurs, and its places; if it occurs less than
+        `floor` times, leave it out. weight: how often each cell counts.
         """
         pairs = self.pairs(places)
-        order = pairs.argsort()[np.count_nonzero(pairs < 0):]
+        order = pairs.argsort()[np.count_nonzero(pairs < 0):]   # the negative ones come first: no pair begins there
         pairs = pairs[order]
         starts = changes(pairs).nonzero()[0]
-        return pairs[starts], np.append(starts, len(pairs)), places[order]
+        places, bounds = places[order], np.append(starts, len(pairs))
+        del order   # 5 MB less at the peak of training
+        occurs = np.add.reduceat(weight[places], starts)
+        for i in np.flatnonzero(occurs >= floor).tolist():
+            yield int(pairs[bounds[i]]), int(occurs[i]), places[bounds[i]:bounds[i + 1]]
 
     def ids_of_words(self, ids):
         """The ids of each word's tokens, a list of bytes objects. ids: an array with the id of each token."""
@@ -494,28 +489,25 @@ class Segmentation:
     def merge(self, new, places):
         """Merge the pairs that begin at `places`, and do not overlap, into the token `new`: one, or one for each place.
 
-        Afterwards new pairs begin there, and at the left neighbours: returns where these begin (where the left
-        neighbour is a gap, the gap's cell).
+        Returns where new pairs begin: at `places` and at the left neighbours. There are also cells where none begins:
+        gaps, and right parts of other pairs that have just been merged.
         """
+        before = places - self.lengths[self.last[places - 1]]
         self.first[places + self.lengths[self.first[places]]] = -1   # the right part
         self.first[places] = new
         self.last[places + self.lengths[new] - 1] = new
-        return places - self.lengths[self.last[places - 1]]
+        return np.concatenate((places, before))
 
-    def merge_all(self, left, right, new, places):
-        """merge all the pairs left, right at these places, which may overlap: of x x x x, those at 0 and 2.
-
-        Returns all places where new pairs begin.
-        """
-        if left == right:
+    def merge_all(self, pair, new, places):
+        """merge for a pair whose places may overlap: of x x x x, the pairs at 0 and 2 are merged."""
+        if pair >> 32 == pair & 0xFFFFFFFF:
             apart, end = [], 0
             for place in np.sort(places).tolist():
                 if place >= end:
                     apart.append(place)
                     end = place + int(self.lengths[new])
             places = np.array(apart, np.intp)
-        before = self.merge(new, places)
-        return np.concatenate((places, before[self.first[before] != new]))   # a neighbour that is `new` is in places
+        return self.merge(new, places)
 
 
 class Descending(tuple):
@@ -532,46 +524,40 @@ def learn_merges(counts, num_merges):
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
       counted again; if it has lost places, it goes back with its true count.
     - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, as at the
-      start, all pairs are counted, and the floor becomes an eighth of the highest count, at least 1. If it was 1
-      already, no pair is left. This makes 10,000 merges 1.7 times as fast.
+      start, the floor falls to a sixth, but at least 1, and all pairs are counted. If it was 1 already, no pair is
+      left. This makes 10,000 merges 1.7 times as fast.
     - merge_pair in each word: one Segmentation.merge_all.
 
     counts is emptied as soon as the arrays have it all, for the memory.
     """
     num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
     corpus = Segmentation(counts, np.ones(257 + num_merges, np.intp))
-    # How often the word of each cell occurs, in the smallest signed type, mostly int32: half the memory. (~n is -n - 1,
-    # which has a signed type.)
-    small = np.min_scalar_type(~max(counts.values(), default=0))
-    weight = np.repeat(np.fromiter(counts.values(), small), [len(word) + 1 for word in counts])
+    floor = max(counts.values(), default=0) + 1   # the scale of the counts; above 1, so that the loop begins
+    # How often the word of each cell occurs, in the smallest signed type, mostly int32: half the memory.
+    weight = np.repeat(np.fromiter(counts.values(), np.min_scalar_type(-floor)), [len(word) + 1 for word in counts])
     counts.clear()
-    vocab, merges, heap, floor = list(BYTES), [], [], 0
+    vocab, merges, heap = list(BYTES), [], []
 
-    with phase("merging pairs"):
-        while len(merges) < num_merges and (heap or floor != 1):
-            if not heap:
-                floor, places = 0, corpus.begins()
-            else:
-                bound, pair, left, right, places = heapq.heappop(heap)
-                places = places[corpus.pairs(places) == left << 32 | right]
-                occurs = int(weight[places].sum())
-                if occurs < -bound:
-                    if occurs >= floor:
-                        heapq.heappush(heap, (-occurs, pair, left, right, places))
-                    continue
-                new = len(vocab)
-                merges.append(tuple(pair))
-                vocab.append(b"".join(pair))
-                corpus.lengths[new] = len(vocab[new])
-                places = corpus.merge_all(left, right, new, places)
-                progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
-            pairs, bounds, places = corpus.group_by_pair(places)
-            occurs = np.add.reduceat(weight[places], bounds[:-1])
-            floor = floor or max(1, int(occurs.max(initial=0)) // 8)
-            for i in np.flatnonzero(occurs >= floor).tolist():
-                left, right = divmod(int(pairs[i]), 1 << 32)
-                heapq.heappush(heap, (-int(occurs[i]), Descending((vocab[left], vocab[right])), left, right,
-                                      places[bounds[i]:bounds[i + 1]]))
+    while len(merges) < num_merges and (heap or floor > 1):
+        if not heap:
+            floor, places = max(1, floor // 6), corpus.begins()
+        else:
+            bound, parts, pair, places = heappop(heap)
+            places = places[corpus.pairs(places) == pair]
+            occurs = int(weight[places].sum())
+            if occurs < -bound:
+                if occurs >= floor:
+                    heappush(heap, (-occurs, parts, pair, places))
+                continue
+            new = len(vocab)
+            merges.append(tuple(parts))
+            vocab.append(b"".join(parts))
+            corpus.lengths[new] = len(vocab[new])
+            places = corpus.merge_all(pair, new, places)
+            progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
+        for pair, occurs, places in corpus.group_by_pair(places, weight, floor):
+            parts = Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF]))
+            heappush(heap, (-occurs, parts, pair, places))
     return merges
 
 
@@ -579,8 +565,8 @@ def learn_merges(counts, num_merges):
 
 # GPT-2 writes a byte as one visible character: itself if it is one in Latin-1, else the next of U+0100, U+0101, ...
 # (a space is U+0120).
-OTHERS = iter(map(chr, range(0x100, 0x200)))
-CHARACTERS = [chr(byte) if chr(byte).isprintable() and byte != ord(" ") else next(OTHERS) for byte in range(256)]
+OTHERS = map(chr, range(0x100, 0x200))
+CHARACTERS = [sign if sign.isprintable() and sign != " " else next(OTHERS) for sign in map(chr, range(256))]
 
 
 def to_visible(token):
@@ -625,7 +611,7 @@ class Tokenizer:
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
-            require(token.isascii() or not {*CHARACTERS} >= {*token},
+            require(token.isascii() or {*token} - {*CHARACTERS},
                     f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
                     "look whether its merges.txt is cut short")
         self.vocab = {token_id: token for token, token_id in ids.items()}
@@ -635,8 +621,8 @@ class Tokenizer:
         self.ids = np.array([ids[token] for token in self.numbers], self.dtype)
         self.lengths = np.array([*map(len, self.numbers), 1])
         self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
-        self.order = np.argsort(self.pairs)   # NEVER, the last one, is above all that merge_words looks for
-        self.sorted_pairs = self.pairs[self.order]
+        # NEVER, the last one, is above all that merge_words looks for.
+        self.sorted_pairs, self.order = np.unique(self.pairs, return_index=True)
         self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
                             for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
@@ -662,7 +648,7 @@ class Tokenizer:
         Raises InputError, naming the files, if they are broken.
         """
         try:
-            table = dict(json.loads(Path(vocab_filepath).read_text(encoding="utf-8")))
+            table = dict(json.loads(Path(vocab_filepath).read_bytes()))
             tokens, merges = dict(zip(CHARACTERS, BYTES)), []   # tokens: {visible form: bytes}
             for line in Path(merges_filepath).read_text(encoding="utf-8").split("\n"):
                 if line and not line.startswith("#version"):
@@ -681,7 +667,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder):
         """Load a folder's vocab.json and merges.txt. All tokens that are not bytes or made by merges are special."""
-        return cls.from_files(Path(folder) / "vocab.json", Path(folder) / "merges.txt", every_special=True)
+        return cls.from_files(f"{folder}/vocab.json", f"{folder}/merges.txt", every_special=True)
 
     def file_contents(self):
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
@@ -722,7 +708,7 @@ class Tokenizer:
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
             key[places + self.lengths[corpus.first[places]]] = NEVER
-            changed = np.concatenate((places, corpus.merge(256 + (best >> 32), places)))
+            changed = corpus.merge(256 + (best >> 32), places)
 
     def replay(self, corpus):
         """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
@@ -730,18 +716,16 @@ class Tokenizer:
         This takes O(n log n); merge_words, which looks through the word for each merge, O(n^2). But it takes 10 ms even
         for a short word.
         """
-        places_of = defaultdict(list)
+        places_of, once = {}, np.ones(len(corpus.first), np.int8)
 
         def note(places):
-            pairs, bounds, places = corpus.group_by_pair(places)
-            for pair, start, stop in zip(pairs.tolist(), bounds, bounds[1:]):
-                places_of[pair].append(places[start:stop])
+            places_of.update((pair, places) for pair, _, places in corpus.group_by_pair(places, once, 1))
 
         note(corpus.begins())
         for new, pair in enumerate(self.pairs.tolist(), 256):
-            if pair in places_of:   # the pairs that this merge makes have higher ranks: see made_by
-                places = np.concatenate(places_of.pop(pair))
-                note(corpus.merge_all(*divmod(pair, 1 << 32), new, places[corpus.pairs(places) == pair]))
+            if pair in places_of:   # the pairs that this merge makes contain `new`, and have higher ranks: see made_by
+                places = places_of.pop(pair)
+                note(corpus.merge_all(pair, new, places[corpus.pairs(places) == pair]))
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype. Remembers them."""
@@ -756,36 +740,41 @@ class Tokenizer:
         self.cached += sum(map(len, new))
         return [self.cache[word] for word in words]
 
-    def encode(self, text):
-        """The token ids of a str, list[int]. Special tokens in it become their ids; lone surrogates count as U+FFFD."""
-        raw = utf8(text)
-        # For a few words the pattern itself is faster than arrays: 5 microseconds instead of 200.
-        ids = self.encode_bytes(raw) if len(raw) > 4096 else b"".join(self.encode_words(plain_words(raw, self.special)))
-        return np.frombuffer(ids, self.dtype).tolist()
+    def count_words(self, text):
+        """The words of a text, a list, and how often each occurs there. Special tokens count as words here."""
+        words, index = distinct_words(text, self.special)
+        return words, np.bincount(index).tolist()
 
     def encode_bytes(self, text):
         """The token ids of valid UTF-8, as bytes of self.dtype."""
-        ids = []
-        for start, stop in pieces(text, self.cut, BLOCK, 0, len(text)):
-            words, index = distinct_words(text[start:stop], self.special)
-            ids += np.array(self.encode_words(words), object).take(index).tolist()
-        return b"".join(ids)
+        words, index = distinct_words(text, self.special)
+        return b"".join(np.array(self.encode_words(words), object).take(index).tolist())
+
+    def encode(self, text):
+        """The token ids of a str, list[int]. Special tokens in it become their ids; lone surrogates count as U+FFFD."""
+        raw = utf8(text)
+        if len(raw) > 4096:
+            ids = [self.encode_bytes(raw[start:stop]) for start, stop in pieces(raw, self.cut, BLOCK, 0, len(raw))]
+        else:   # for a few words the pattern itself is faster than arrays: 5 microseconds instead of 200
+            ids = self.encode_words(plain_words(raw, self.special))
+        return np.frombuffer(b"".join(ids), self.dtype).tolist()
 
     def encode_iterable(self, iterable):
         """Yield the ids of the strings in an iterable, as encode gives them for the joined text, lazily.
 
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
-        text, enough = bytearray(), 8192   # what is not encoded yet, and above which length it is tried
-        size = 8192 + len(self.special.pattern)   # of a piece: longer than any special token
+        text, enough = bytearray(), 32768   # what is not encoded yet, and above which length the first half is tried
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
-                # All but the last two pieces: a special token that ends in the next item may lie across their border.
-                stop = [0, *(start for start, _ in pieces(text, self.cut, size, 0, len(text)))][-2]
-                yield from self.encode(text[:stop].decode())
-                text = text[stop:]
-                enough = 8192 + 2 * len(text)
+                place = self.cut.search(text, len(text) // 2)
+                stop = place.start() if place else len(text)
+                # Near the end, a special token that ends in the next item may lie across `stop`.
+                if stop < len(text) - len(self.special.pattern):
+                    yield from self.encode(text[:stop].decode())
+                    del text[:stop]
+                enough = 32768 + 2 * len(text)
         yield from self.encode(text.decode())
 
     def write_ids(self, text_path, start, stop, bin_path, num_processes):
@@ -811,12 +800,6 @@ class Tokenizer:
             raise InputError(f"the vocabulary has {len(self.vocab)} tokens, none with id {error}") from None
 
 
-def count_words(special, text):
-    """The words of a text, a list, and how often each occurs there. Special tokens count as words here."""
-    words, index = distinct_words(text, special)
-    return words, np.bincount(index).tolist()
-
-
 def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None):
     """Train a byte-level BPE tokenizer: the vocabulary, dict[int, bytes], and the merges, list[tuple[bytes, bytes]].
 
@@ -827,18 +810,16 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     Raises InputError (a ValueError) for a vocab_size without room for bytes and special tokens, an empty special token
     or an empty file; OSError for a file that cannot be read.
     """
-    plain, counts = Tokenizer.untrained(special_tokens, vocab_size), defaultdict(int)
-    for part in in_blocks("counting words", partial(count_words, plain.special), input_path, plain.cut, 0, stop,
-                          num_processes):
+    plain, counts = Tokenizer.untrained(special_tokens, vocab_size), Counter()
+    for part in in_blocks("counting words", plain.count_words, input_path, plain.cut, 0, stop, num_processes):
         for word, occurs in zip(*part):
             counts[word] += occurs
     del part   # the last one: 10 MB less at the peak, which follows
     for token in plain.special_ids:
-        counts.pop(token, None)
+        del counts[token]   # from a Counter, even if it is not there
     merges = learn_merges(counts, vocab_size - len(plain.vocab))
-    vocab = [*plain.vocab.values()]
-    vocab[256:256] = map(b"".join, merges)   # between the bytes and the special tokens
-    return dict(enumerate(vocab)), merges
+    tokens = {**made_by(merges), **plain.special_ids}   # a dict, for a special token that is a byte comes once
+    return dict(enumerate(tokens)), merges
 
 
 # --------------------------------------------------------------------- 8. flags, errors and files, for all four scripts
@@ -873,7 +854,7 @@ def configure(constants):
                                      usage="%(prog)s [--flag=value ...]; --help lists the flags",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
-    for name, comment in re.findall(r"^([a-z]\w*) = .*?  # (.*)$", source, re.MULTILINE):
+    for name, comment in re.findall(r"(?m)^([a-z]\w*) = .*?  # (.*)$", source):
         default = constants[name]
         parser.add_argument(f"--{name}", default=default, metavar=str(default), help=comment.replace("%", "%%"),
                             type=true_or_false if isinstance(default, bool) else type(default))
@@ -912,7 +893,7 @@ def one_line_errors():
         message = (f"{error.filename}: {error.strerror}" if getattr(error, "filename", None)
                    else str(error) or type(error).__name__)
         status = 2 if isinstance(error, UsageError) else 1
-    print(f"{Path(sys.argv[0]).name}: " + " ".join(message.split()), file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -923,10 +904,9 @@ def replacing(*paths):
     Nobody sees half a file. Of several paths, the first is removed before any other is replaced, and put in place last:
     while new files stand beside old ones, and after a kill at that moment, the first one is missing.
     """
-    paths = [Path(path) for path in paths]
-    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
+    temporaries = [Path(f"{path}.tmp") for path in paths]
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise IsADirectoryError(f"{path} is a folder, but a file of this name is to be written: move it away")
     try:
         yield temporaries
@@ -934,7 +914,7 @@ def replacing(*paths):
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())   # the bytes reach the disk before the name does, even in a power cut
         if len(paths) > 1:
-            paths[0].unlink(missing_ok=True)
+            Path(paths[0]).unlink(missing_ok=True)
         for pair in reversed([*zip(temporaries, paths)]):
             os.replace(*pair)
     except OSError as error:
@@ -948,8 +928,8 @@ def replacing(*paths):
 
 def write_together(folder, contents):
     """Write the files of a folder, {name: bytes}, as replacing does. Makes the folder if it is not there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(*(Path(folder) / name for name in contents)) as temporaries:
+    os.makedirs(folder, exist_ok=True)
+    with replacing(*(f"{folder}/{name}" for name in contents)) as temporaries:
         for temporary, content in zip(temporaries, contents.values()):
             temporary.write_bytes(content)
 
@@ -961,8 +941,8 @@ def only_run_in(folder):
     The lock is that of an SQLite database, .lock, which works on every system. The operating system frees it when the
     process ends, for whatever reason. The empty file stays.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(Path(folder) / ".lock", timeout=0)) as lock:
+    os.makedirs(folder, exist_ok=True)
+    with closing(sqlite3.connect(f"{folder}/.lock", timeout=0)) as lock:
         try:
             lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
         except sqlite3.OperationalError as error:
@@ -977,17 +957,18 @@ def standard_library():
     """The files of Python's standard library, without tests and site-packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return [module for module in root.rglob("*.py")
-            if not {"test", "tests", "idle_test", "site-packages"} & {*module.relative_to(root).parts}]
+            if {"test", "tests", "idle_test", "site-packages"}.isdisjoint(module.relative_to(root).parts)]
 
 
 def collect(files, path, end):
-    """Write files into one, each with `end` behind it, in an order that is sorted and then shuffled by a fixed seed.
+    """Write files into one, each with `end` behind it, in an order that is sorted and then shuffled by a fixed seed;
+    return its path.
 
     So the end of the file, which is held out for validation, is a fair sample of all of them.
     """
     files = sorted(files)
     random.Random(0).shuffle(files)
-    with replacing(path) as (temporary,), open(temporary, "wb") as corpus, phase("collecting"):
+    with replacing(path) as (temporary,), open(temporary, "wb") as corpus:
         for done, name in enumerate(files, 1):
             try:
                 with open(name, "rb") as document:
@@ -996,33 +977,32 @@ def collect(files, path, end):
             except FileNotFoundError:
                 print(f"note: {name} was removed after the files were listed: left out", file=sys.stderr)
             progress("collecting", f"{done:,} of {len(files):,} files")
+    return path
 
 
-def real_paths(paths):
+def real_files(paths):
     """The files that these paths lead to, a set: each counts once, however many links lead to it."""
-    return {Path(os.path.realpath(path)) for path in paths}
+    return {Path(os.path.realpath(path)) for path in paths if os.path.isfile(path)}
 
 
 def own_files():
-    """The files that this run writes into data_dir, and their temporary names."""
+    """The files in data_dir that this run would replace or remove: its outputs and their temporary names."""
     names = OUTPUTS if os.path.isfile(data) else (*OUTPUTS, "corpus.txt")
-    return real_paths(Path(data_dir, name + end) for name in names for end in ("", ".tmp"))
+    return real_files(f"{data_dir}/{name}{end}" for name in names for end in ("", ".tmp"))
 
 
-def find_text(folder, document_end):
-    """The file that --data names; or corpus.txt in `folder`, made of the files that match the pattern."""
+def find_text(document_end):
+    """The file that --data names; or corpus.txt in data_dir, made of the files that match the pattern."""
     if os.path.isfile(data):
-        return Path(data)
-    files = real_paths(glob.glob(data, recursive=True) if data else standard_library())
+        return data
+    files = real_files(glob.glob(data, recursive=True) if data else standard_library())
     own = files & own_files()
-    files = {path for path in files - own if path.is_file()}
     if own:
         print(f"note: left out, as this program writes them: {', '.join(sorted(map(str, own)))}", file=sys.stderr)
-    if not files:
+    if files == own:
         raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
                                 "for all files of a folder, write 'folder/**/*'")
-    collect(files, folder / "corpus.txt", document_end)
-    return folder / "corpus.txt"
+    return collect(files - own, f"{data_dir}/corpus.txt", document_end)
 
 
 def start_of_held_out(path, tokenizer, document_end):
@@ -1060,34 +1040,35 @@ def check_flags():
     tokenizer = Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)
     require(len(tokenizer.vocab) == 256 + len(tokenizer.special_tokens),
             f"--special_tokens={special_tokens!r}: one of them is a single byte, which is a token already")
-    corpus = Path(data_dir) / "corpus.txt"
-    require(os.path.isfile(data) or not corpus.exists() or (Path(data_dir) / ".lock").exists(),
-            f"{corpus} is not from this program, and this run would replace it: choose another --data_dir")
-    require(not real_paths([data, val_data]) & own_files(),
+    require(os.path.isfile(data) or os.path.exists(f"{data_dir}/.lock") or not os.path.exists(f"{data_dir}/corpus.txt"),
+            f"{data_dir}/corpus.txt is not from this program, and this run would replace it: choose another --data_dir")
+    require(not real_files([data, val_data]) & own_files(),
             f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
     return tokenizer
 
 
 def main():
-    tokenizer, folder, began = check_flags(), Path(data_dir), time.perf_counter()
-    with only_run_in(folder):
+    tokenizer = check_flags()
+    with only_run_in(data_dir):
         if tokenizer_dir:
             tokenizer = Tokenizer.from_folder(tokenizer_dir)
         document_end = [*tokenizer.special_ids, b"\n"][0]
-        text = find_text(folder, document_end)
+        text = find_text(document_end)
         train_stop = os.path.getsize(text) if val_data else start_of_held_out(text, tokenizer, document_end)
         if not tokenizer_dir:
             specials = tokenizer.special_tokens
             tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
-        contents, tables = tokenizer.file_contents(), [folder / name for name in OUTPUTS[:2]]
-        if [path.read_bytes() for path in tables if path.exists()] == contents:
-            tables = []   # the ids of the older run have the same meaning
-        with replacing(*tables, folder / "train.bin", folder / "val.bin") as (*tables_tmp, train_bin, val_bin):
-            for path, content in zip(tables_tmp, contents):
+        contents, paths = tokenizer.file_contents(), [f"{data_dir}/{name}" for name in OUTPUTS]
+        if [Path(path).read_bytes() for path in paths[:2] if os.path.exists(path)] == contents:
+            del paths[:2]   # they stay: the ids of the older run have the same meaning
+        progress("vocabulary", "")
+        with replacing(*paths) as (*tables, train_bin, val_bin):
+            for path, content in zip(tables, contents):
                 path.write_bytes(content)
             train_tokens = tokenizer.write_ids(text, 0, train_stop, train_bin, num_processes)
             speed = train_stop / 1e6 / SECONDS["encoding"]
-            val_text, val_start = (val_data, 0) if val_data else (text, train_stop)
+            val_text = val_data or text
+            val_start = 0 if val_data else train_stop
             val_tokens = tokenizer.write_ids(val_text, val_start, None, val_bin, num_processes)
 
     val_size = os.path.getsize(val_text) - val_start
@@ -1097,7 +1078,7 @@ def main():
         print("the text has no more pairs to merge: "
               f"the vocabulary ends at {len(tokenizer.vocab)} tokens, short of {vocab_size}")
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in SECONDS.items())
-    print(f"seconds: {phases}; {time.perf_counter() - began:.2f} in all")
+    print(f"seconds: {phases}; {time.perf_counter() - BEGIN:.2f} in all")
     print(f"peak memory: {peak_memory()}")
     longest = sorted(tokenizer.vocab.values(), key=len)[-5:]
     print("longest tokens:", ", ".join(f"{token.decode(errors='replace')!r} ({len(token)} bytes)" for token in longest))
@@ -1105,7 +1086,7 @@ def main():
           f"{val_size / val_tokens:.3f} in validation text")
     print(f"encoding: {speed:.1f} MB/s; the Pile (825 GB) would take {825e3 / speed / 3600:.1f} hours")
     print(f"wrote vocab.json ({len(tokenizer.vocab):,} tokens), merges.txt, "
-          f"train.bin ({train_tokens:,} ids, {tokenizer.dtype.name}) and val.bin ({val_tokens:,}) into {folder}")
+          f"train.bin ({train_tokens:,} ids, {tokenizer.dtype.name}) and val.bin ({val_tokens:,}) into {data_dir}")
     if val_tokens < 257:
         print(f"warning: {val_tokens} ids are too few to validate a context of 256: name a longer text with --val_data",
               file=sys.stderr)
