@@ -893,7 +893,7 @@ def one_line_errors():
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (OSError, InputError, MemoryError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):   # so torch reports a failed allocation
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):   # so torch reports a failed allocation
             raise
         message = (f"{error.filename}: {error.strerror}" if getattr(error, "filename", None)
                    else str(error) or type(error).__name__)

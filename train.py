@@ -12,15 +12,15 @@ Train a Transformer language model on the tokens that bpe.py wrote: on CPU, CUDA
 Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (where the run stands),
 best.pt (the weights with the lowest validation loss so far), log.csv (a row per logged step), curves.svg (the losses
 over steps and over seconds), config.json (the constants) and a copy of the tokenizer. sample.py needs this folder only.
-Checkpoints are written before the first step, at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP, a
-closed pipe or a full disk under log.csv ends the training early.
+Checkpoints are written before the first step, at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP or a
+closed pipe ends the training early. Where the disk has no room for a new checkpoint, the last one stays.
 """
 import os
 import time
 STARTED = time.perf_counter()  # before torch is imported: those seconds count towards --max_minutes
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
-# from a second run: two runs on two cores then train half as many tokens together as one run alone. With threads that
-# sleep after 10,000 turns, they train 83 % as many. (After 1,000 turns 100 %, but a run alone is 10 % slower.)
+# from a second run: two runs on two cores then train, together, half as many tokens as one run alone. With threads that
+# sleep after 10,000 turns of their loop it is 83 %. (After 1,000 turns 100 %, but a run alone is 10 % slower.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # If one of several processes fails, each of the others would print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -74,7 +74,7 @@ residual_gain = 1.0     # factor of each block's initial output matrices; below 
 optimizer = "adamw"     # adamw, or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest
 lr = 3e-3               # AdamW's peak learning rate
 embedding_scale = 1.0   # token embeddings have this multiple of lr, unless they are tied; 30 works well with Muon
-muon_lr = 0.02          # Muon's peak learning rate; it warms up and falls in step with lr
+muon_lr = 0.02          # Muon's peak learning rate; its rate is always muon_lr / lr times AdamW's
 min_lr = 3e-5           # where lr ends
 warmup_steps = 50       # steps of linear warm-up; in a run of fewer than twice as many steps, a tenth of its steps
 beta1 = 0.9             # AdamW's memory of the mean gradient
@@ -258,9 +258,10 @@ class AdamW(Rule):
 # direction on which the gradients agree then gets a step of the same length, where otherwise a few large ones drown the
 # rest (Jordan et al. 2024). A singular value decomposition would be slow. Instead, polynomials a s + b s^3 + c s^5 of
 # the whole matrix, which take nothing but products, drive every singular value s towards 1. Below are the (a, b, c) of
-# each. The first polynomial is fitted to 1 on [0.004, 1], and takes these s to a narrower interval around 1. The next
-# one is fitted on that interval, and so on; each interval is widened by 5 % against rounding (Amsel et al. 2025, "The
-# Polar Express"). These four do what five equal ones did (Jordan et al. 2024), in four fifths of the time.
+# each. The first polynomial is fitted to 1 on [0.004, 1]. It takes these s to an interval around 1 whose ends differ by
+# a factor of 62 instead of 250. The next one is fitted on that interval, and so on; each interval is widened by 5 %
+# against rounding (Amsel et al. 2025, "The Polar Express"). These four do what five equal ones did (Jordan et al.
+# 2024), in four fifths of the time.
 NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
                  (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
@@ -341,7 +342,7 @@ def write_checkpoint(saved, out):
     try:
         with replacing(out) as (temporary,), open(temporary, "wb") as file:
             torch.save(saved, file)
-    except (OSError, RuntimeError) as error:  # torch hides the operating system's reason behind one of its own
+    except RuntimeError as error:   # torch hides the operating system's reason behind one of its own
         raise OSError(f"{out} was not written, and what stood there before still stands: "
                       f"{error.__context__ or error}") from None
 
@@ -391,7 +392,8 @@ def load_checkpoint(src, model, optimizer):
 
 
 def load_run(folder):
-    """The model of a run folder, on the CPU, its tokenizer, and its constants (dict): best.pt, or else ckpt.pt.
+    """Load best.pt of a run folder, or ckpt.pt if there is none. Returns the model (on the CPU), its tokenizer, and
+    its constants (dict).
 
     Raises InputError (a ValueError) if its files are damaged or do not belong together.
     """
@@ -458,7 +460,7 @@ def in_one_voice(run):
         if PROCESSES > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
             time.sleep(0.5 + 0.3 * RANK)
-        if isinstance(error, RuntimeError) and "memory" in str(error):   # so torch says that an allocation failed
+        if isinstance(error, RuntimeError) and "allocate" in str(error):   # so torch says that an allocation failed
             raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum")
         raise
 
@@ -506,7 +508,7 @@ def curves(logs):
                    f'<text x="-8" y="{66 * i + 4}" text-anchor="end">{high + (low - high) * i / 5:.2f}</text>')
         yield '<svg width="440" height="330">'   # clips what lies outside
         for i, (name, log) in enumerate(logs.items()):
-            colour = f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"   # a golden angle apart, so no two are alike
+            colour = f"hsl({(137.5 * i + 210) % 360:.0f}, 70%, 42%)"   # a golden angle apart, so neighbours differ much
             yield f'<text x="430" y="{18 * i + 20}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>'
             for kind, style in ("train_loss", 'opacity="0.45"'), ("val_loss", 'stroke-width="2"'):
                 points = " ".join(f"{440 * row[axis] / end:.1f},{330 * (high - row[kind]) / (high - low):.1f}"
@@ -543,7 +545,7 @@ def summary(log, bytes_per_token):
 
 def compare_runs():
     """Draw the runs that --compare names into out_dir/compare.svg, and print what each has reached, after the constants
-    in which it differs from another.
+    in which it differs from another (but those that a resumed run may change).
     """
     logs, configs = {}, {}
     for pattern in compare.split(","):
@@ -563,8 +565,8 @@ def compare_runs():
 # ---------------------------------------------------------------------------------------------------------------- a run
 
 def adopt(known, names, source, free=MAY_CHANGE):
-    """Insert these constants of a run before the flags of the command line, which therefore win.
-    Raises UsageError for a flag that contradicts one, unless it is free to change.
+    """Take over these constants of a run. A flag of the command line may repeat one, and may change those in `free`.
+    Raises UsageError for a flag that contradicts another.
     """
     sys.argv[1:1] = [f"--{name}={known[name]}" for name in names]
     config = configure(globals())   # of a flag given twice the last one counts
@@ -747,7 +749,8 @@ def shorter_warmup(total):
 
 def catch_signals():
     """A list that receives a SystemExit at a Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step.
-    The same signal once more ends the process at once, even while it waits for another process.
+    The same signal once more ends the process at once, even while it waits for another process. (A first signal is
+    noted only after such a wait.)
     """
     caught = []
 
@@ -769,11 +772,11 @@ def check_divergence(row, vocab_size):
     if not math.isfinite(loss + row["grad_norm"] + (row["val_loss"] or 0)) or loss > 10 * math.log(vocab_size):
         raise FloatingPointError(f"the run diverged by step {row['step']:,}: training loss {loss:.4g}, "
                                  f"gradient norm {row['grad_norm']:.4g}, lr {row['lr']:.3g}; "
-                                 f"{out_dir}/ckpt.pt keeps the last good weights")
+                                 f"{out_dir}/ckpt.pt holds the last checkpoint")
 
 
 def report(log, left, total):
-    """Write log.csv and print its last row. left, total: seconds and steps to the end."""
+    """Write log.csv and print its last row. left: seconds to the end. total: the number of the last step."""
     write_log(log)
     row = log[-1]
     validation = f", validation {row['val_loss']:.3f}" if row["val_loss"] else ""
@@ -793,7 +796,7 @@ def main():
     require(PROCESSES == 1 or chip.type != "mps",
             "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
     tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
-    keep_freed_memory()   # 5 % of a step on a CPU
+    keep_freed_memory()   # saves 5 % of a step on a CPU
     if chip.type == "cuda":
         torch.cuda.set_device(chip)
         torch.set_float32_matmul_precision("high")   # TF32
@@ -826,8 +829,8 @@ def main():
             return agreed(earlier + time.perf_counter() - STARTED)
 
         def horizon_at(seconds):
-            """The step at which the run ends. With --max_minutes it is an estimate: in `seconds` it took `step` steps,
-            so in all its time (`budget`) it takes step * budget / seconds. So the rate falls with the clock.
+            """The last step. With --max_minutes it is an estimate: `step` steps took `seconds`, start-up included, so
+            the `budget` of seconds is enough for step * budget / seconds. So the rate falls with the clock.
             """
             return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
 
@@ -848,8 +851,8 @@ def main():
         begin = clock()
         evaluate(model, val_tokens, parts, chip)
         save()
-        # Both may come twice at the end: if an evaluation that is due uses up the time, one step and another evaluation
-        # follow. Python takes a second to end.
+        # Keep time for two of each: an evaluation may be due just before the time is up, and the last one follows it.
+        # Python takes a second to end.
         budget = 60 * max_minutes - 2.5 * (clock() - begin) - 1.5
         if not max_minutes:
             warmup = shorter_warmup(steps)
