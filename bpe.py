@@ -249,12 +249,12 @@ def distinct_words(text, special):
     A word may come more than once in the list, which costs only time. Long words come once for each occurrence.
     """
     places, lengths = pretokenise(text, special)
-    # A row of 16 bytes for each word: its own bytes, then 0xFF, which UTF-8 never has.
+    # 16 bytes for each word, as two numbers: its own bytes, then 0xFF, which UTF-8 never has. (-1 << 8 * n is n zero
+    # bytes, then 0xFF. From n = 8 on, it is 0 in numpy.)
     at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: the next 16 bytes of each
-    rows = at_each_byte[places].view("16u1")                                      # (W, 16) uint8
-    # Row n of this triangle is n zeros, then 0xFF.
-    rows |= (np.tri(17, 16, -1, np.uint8) - 1).take(lengths, 0, mode="clip")
-    low, high = rows.view("<i8").T   # the row as two numbers
+    low, high = at_each_byte[places].view("2<i8").T
+    low |= -1 << 8 * lengths
+    high |= -1 << 8 * np.maximum(lengths - 8, 0)
     # A long word gets its place as a number, so it differs from all others: from short ones, for these end in 0xFF.
     np.copyto(low, places, where=lengths > 15)
     # Sort so that equal words become neighbours. The upper half of each number is that of a hash, the lower half is the
