@@ -408,7 +408,9 @@ def on_block(function, path, block):
     text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
     """
     start, stop = block
-    raw = np.fromfile(path, np.uint8, stop - start, offset=start).tobytes()
+    with open(path, "rb") as file:
+        file.seek(start)
+        raw = file.read(stop - start)
     text = raw.decode(errors="replace").encode()
     return function(text), text.count(b"\xef\xbf\xbd") - raw.count(b"\xef\xbf\xbd")   # U+FFFD
 
