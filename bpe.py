@@ -191,7 +191,7 @@ def changes(values):
 def pretokenise(text, special):
     """Where the words of plain_words(text, special) begin, and their lengths in bytes: two arrays (W,).
 
-    The pattern reads 9 MB/s, this reads 300: it decides at all bytes at once whether a word begins there.
+    The pattern reads 9 MB/s, this reads 200: it decides at all bytes at once whether a word begins there.
     A bar marks a byte where a word begins, a dot any other.
 
         text             W e ' v e     2   d o g s
@@ -249,13 +249,14 @@ def distinct_words(text, special):
     A word may come more than once in the list, which costs only time. Long words come once for each occurrence.
     """
     places, lengths = pretokenise(text, special)
-    # 16 bytes for each word, as two numbers: its own bytes, then 0xFF, which UTF-8 never has. (-1 << 8 * n is n zero
-    # bytes, then 0xFF. From n = 8 on, it is 0 in numpy.)
+    # Each word becomes 16 bytes, as two numbers: its own bytes, and 0xFF, which UTF-8 never has, for all behind them.
+    # (-1 << 8 * n has n zero bytes, then 0xFF. From n = 8 on, it is 0 in numpy.)
     at_each_byte = np.ndarray(len(text), "V16", text + bytes(15), strides=(1,))   # a view: the next 16 bytes of each
     low, high = at_each_byte[places].view("2<i8").T
     low |= -1 << 8 * lengths
     high |= -1 << 8 * np.maximum(lengths - 8, 0)
-    # A long word gets its place as a number, so it differs from all others: from short ones, for these end in 0xFF.
+    # A word of 16 bytes or more gets its place as `low`, so it equals no other long word. It equals no short word,
+    # either: these have 0xFF as their last byte.
     np.copyto(low, places, where=lengths > 15)
     # Sort so that equal words become neighbours. The upper half of each number is that of a hash, the lower half is the
     # word's index: so np.sort does the work of np.argsort in a third of the time.
@@ -280,10 +281,9 @@ def utf8(text):
 def cut_pattern(specials):
     """The compiled pattern of where UTF-8 may be cut without changing a token; it matches the character after the cut.
 
-    Inside a word, white space follows only white space, and an ASCII letter or digit is followed only by a character of
-    its own kind. So a text may be cut before white space that follows anything else, and after an ASCII letter or digit
-    before an ASCII character of another kind. (The pattern looks ahead, but never back: what follows the cut is read as
-    before.) No cut goes through what could be a special token: "<|end|>" has such a place.
+    A text may be cut where no word goes on: before white space that follows anything else; and after an ASCII letter or
+    digit, before an ASCII character of another kind. The pattern never looks back, so the words behind the cut stay as
+    they are. No cut goes through what could be a special token: "<|end|>" has such a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
@@ -388,14 +388,15 @@ def in_parallel(function, tasks, num_processes):
         raise ChildProcessError("a worker process died, perhaps for lack of memory: try --num_processes=1") from None
 
 
-# for the report: how long each phase of the work took, and how many malformed places it met in the text
+# For the report: how long each phase took, how many malformed places it met in the text, and when all began. Encoding
+# includes the validation text.
 SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 
 
 def progress(phase, state):
     """Show on a terminal how far a phase has come; the next line that is printed replaces it.
 
-    The time since the last call, of whatever phase, counts as this phase's.
+    The time since the previous call, for any phase, is added to this phase.
     """
     SECONDS[phase] += time.perf_counter() - BEGIN - SECONDS.total()
     if __name__ == "__main__" and sys.stdout.isatty():
@@ -434,9 +435,9 @@ def in_blocks(phase, function, path, cut, start, stop, num_processes):
 class Segmentation:
     """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
 
-    first[i] is the token that begins at cell i, or -1. last[i] is the token that ends there; if none ends there, an
-    old one, which means nothing. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered: the bytes,
-    then what the merges make, in the order learnt. "low" and "lo" after the merge of o w:
+    first[i] is the token that begins at cell i, or -1. last[i] is the token that ends at cell i. If none ends there,
+    last[i] is out of date and not used. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered: the
+    bytes, then what the merges make, in the order learnt. "low" and "lo" after the merge of o w:
 
         cell      0    1    2    3    4    5    6    7
         word           l    o    w         l    o
@@ -448,7 +449,8 @@ class Segmentation:
     """
 
     def __init__(self, words, lengths):
-        """words: bytes objects, UTF-8. lengths: the bytes of each token, and at the end a 1 for the token -1."""
+        """words: bytes objects, UTF-8. lengths: the number of bytes of each token, and at the end a 1 for the token -1.
+        """
         cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)   # UTF-8 never has the byte 0xFF
         self.first = np.where(cells < 0xFF, cells, np.int32(-1))
         self.last = self.first.copy()
@@ -468,8 +470,9 @@ class Segmentation:
         return left << 32 | right   # anything | -1 is -1
 
     def group_by_pair(self, places, weight, floor):
-        """Yield each pair that begins at these places, how often it occurs, and its places; if it occurs less than
-        `floor` times, leave it out. floor 0: an eighth of the most frequent pair's. weight: how often each cell counts.
+        """Yield (pair, count, places) for each pair that begins at these places and occurs at least `floor` times.
+
+        floor 0 means an eighth of the highest count, at least 1. weight: how often the word of each cell counts.
         """
         pairs = self.pairs(places)
         order = pairs.argsort()[np.count_nonzero(pairs < 0):]   # the negative ones come first: no pair begins there
@@ -523,12 +526,14 @@ class Descending(tuple):
 def learn_merges(counts, num_merges):
     """plain_train, many places at a time. What it does in each round, and what is done here instead:
 
-    - It counts all pairs. Here a pair is counted when a merge makes it; after that its count can only fall.
+    - It counts all pairs. Here the places of a pair are collected when the newer of its two tokens is made. Later
+      merges can only take places away.
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
       counted again; if it has lost places, it goes back with its true count.
     - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, as at the
       start, all pairs are counted, and the floor becomes an eighth of the highest count, at least 1. If the heap stays
-      empty, no pair is left. This makes 10,000 merges 1.7 times as fast.
+      empty, no pair is left. So the most frequent pair is always on the heap: those on it have at least `floor`, all
+      others less. This makes 10,000 merges 1.7 times as fast.
     - merge_pair in each word: one Segmentation.merge_all.
 
     counts is emptied as soon as the arrays have it all, for the memory.
@@ -690,10 +695,10 @@ class Tokenizer:
     def merge_words(self, corpus):
         """plain_encode for many words at once. corpus: their Segmentation into bytes; it is changed in place.
 
-        In each round every word's pair of lowest rank is merged; of several such pairs, the leftmost. (One at a time
-        gives the same as all of them, because the pairs that a merge makes rank higher: see made_by.) Rank and place
-        stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s), 1 (es, t),
-        2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
+        Each round merges one pair in each word: the pair of lowest rank, the leftmost if there are several. (This
+        equals merging all of them at once, because a new pair holds the new token, so its rank is higher: see made_by.)
+        Rank and place stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s),
+        1 (es, t), 2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
 
             cells      . l  o w . l  o w e r . n e w e  s t .
             rank         2        2                  0          lowest: 2, 2, 0
@@ -710,7 +715,7 @@ class Tokenizer:
             pairs = corpus.pairs(changed)
             ranks = self.order[np.searchsorted(self.sorted_pairs, pairs)]
             key[changed] = np.where(self.pairs[ranks] == pairs, ranks << 32 | changed, NEVER)
-            best = np.minimum.reduceat(key, gaps)  # from gap to gap; words between that are done have no rank
+            best = np.minimum.reduceat(key, gaps)  # from gap to gap; in words that are done all are NEVER
             mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
@@ -720,8 +725,8 @@ class Tokenizer:
     def replay(self, corpus):
         """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
 
-        This takes O(n log n); merge_words, which looks through the word for each merge, O(n^2). But it takes 10 ms even
-        for a short word.
+        This takes O(n log n); merge_words, which looks through the word for each merge, O(n^2). But it goes through all
+        merges of the vocabulary, some milliseconds, however short the words are.
         """
         places_of, once = {}, np.ones(len(corpus.first), np.int8)
 
@@ -908,8 +913,9 @@ def one_line_errors():
 def replacing(*paths):
     """Yield a list of temporary names, one beside each path. They replace the paths when the block ends without error.
 
-    Nobody sees half a file. Of several paths, the first is removed before any other is replaced, and put in place last:
-    while new files stand beside old ones, and after a kill at that moment, the first one is missing.
+    Nobody sees half a file. Of several paths, the first is removed before any other is replaced, and put in place last.
+    So if the process is stopped in between, the first one is missing, and nobody takes new and old files for a set.
+    After a kill or a power cut, temporary files may stay.
     """
     temporaries = [Path(f"{path}.tmp") for path in paths]
     for path in paths:
@@ -952,7 +958,7 @@ def only_run_in(folder):
     with closing(sqlite3.connect(f"{folder}/.lock", timeout=0)) as lock:
         try:
             lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise BlockingIOError(f"another run is at work in {folder}, or it cannot be locked ({error}): "
                                   "wait for it, or choose another folder") from None
         yield
@@ -1013,9 +1019,9 @@ def find_text(document_end):
 
 
 def start_of_held_out(path, tokenizer, document_end):
-    """Where the last documents of a file begin: in the last twentieth of it, 10 MB at most.
+    """Where the text for validation begins, in the last twentieth of a file, at most 10 MB from its end.
 
-    That is after a special token that ends a document or, if there is none, between words.
+    That is after the first document that ends there or, if none does, between words.
     """
     with mapped(path) as text:
         place = tokenizer.cut.search(text, len(text) - min(len(text) // 20, 10_000_000))   # in no special token
