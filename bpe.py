@@ -859,12 +859,13 @@ def configure(constants):
     """Override a script's module-level constants from its command line; return them all as a dict.
 
     constants: the script's globals(), changed in place. Its flags are the lines `name = value  # comment` at the top of
-    its source. `--name=value` or `--name value`, or --help. A wrong flag ends the script with a line on stderr and
-    status 2.
+    its source. `--name=value` or `--name value`, or --help. Raises UsageError for a wrong flag.
     """
     parser = argparse.ArgumentParser(description=constants["__doc__"], allow_abbrev=False,
-                                     usage="%(prog)s [--flag=value ...]; --help lists the flags",
+                                     usage="%(prog)s [--flag=value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    # argparse itself would print two lines, in each of several processes
+    parser.error = lambda message: require(False, f"{message}; --help lists the flags")
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
     for name, comment in re.findall(r"(?m)^([a-z]\w*) = .*?  # (.*)$", source):
         default = constants[name]
@@ -874,8 +875,8 @@ def configure(constants):
     words = re.sub(r"(\0--\w+)\0(?!--)", r"\1=", "\0".join(sys.argv)).split("\0")[1:]
     flags = vars(parser.parse_args(words))
     for name, value in flags.items():
-        if not isinstance(value, str) and not abs(value) < 2 ** 63:   # nan fails this, too
-            parser.error(f"argument --{name}: {value} is not a finite number below 2**63")
+        require(isinstance(value, str) or abs(value) < 2 ** 63,   # which nan fails, too
+                f"--{name}={value} is not a finite number below 2**63")
     constants.update(flags)
     return flags
 

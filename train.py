@@ -459,7 +459,7 @@ def in_one_voice(run):
     except (Exception, KeyboardInterrupt) as error:
         if PROCESSES > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
-            time.sleep(0.5 + 0.3 * RANK)
+            time.sleep(0.5 + RANK)
         if isinstance(error, RuntimeError) and "allocate" in str(error):   # so torch says that an allocation failed
             raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum")
         raise
