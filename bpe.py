@@ -548,16 +548,16 @@ def learn_merges(counts, num_merges):
     vocab, merges, heap = list(BYTES), [], []
 
     def note(places, floor):
-        for pair, occurs, places in corpus.group_by_pair(places, weight, floor):
+        for pair, occurs, group in corpus.group_by_pair(places, weight, floor):
             parts = Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF]))
-            heappush(heap, (-occurs, parts, pair, places))
+            heappush(heap, (-occurs, parts, pair, group))
 
     while len(merges) < num_merges:
         if not heap:
             note(corpus.begins(), 0)
             if not heap:
                 break
-            floor = max(1, -heap[0][0] // 8)
+            floor = max(1, -heap[0][0] // 8)   # as group_by_pair has just chosen it
         bound, parts, pair, places = heappop(heap)
         places = places[corpus.pairs(places) == pair]
         occurs = int(weight[places].sum())
@@ -731,7 +731,7 @@ class Tokenizer:
         places_of, once = {}, np.ones(len(corpus.first), np.int8)
 
         def note(places):
-            places_of.update((pair, places) for pair, _, places in corpus.group_by_pair(places, once, 1))
+            places_of.update((pair, group) for pair, _, group in corpus.group_by_pair(places, once, 1))
 
         note(corpus.begins())
         for new, pair in enumerate(self.pairs.tolist(), 256):

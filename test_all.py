@@ -459,8 +459,9 @@ def test_any_unicode_survives_encoding_and_decoding_and_what_is_malformed_is_rep
 
 
 def test_encode_iterable_is_lazy_and_gives_the_ids_of_the_joined_text(trained):
-    taken = []   # of the second text, the first item ends in a special token, and the only cut seems to lie there
-    for text, sizes in (random_text(random.Random(9), 50_000), (1, 7)), ("é" * 17_000 + END, [17_006]):
+    taken = []   # of the second text, an item may end in a special token, where the last cut must not lie
+    for text, sizes in ((random_text(random.Random(9), 50_000), (1, 7)),
+                        ("é" * 17_000 + END * 9000, range(17_000, 17_007))):
         for size in sizes:
             items = [text[i:i + size] for i in range(0, len(text), size)]
             assert [*trained.encode_iterable(items)] == trained.encode(text)
@@ -910,7 +911,7 @@ def test_a_checkpoint_that_is_foreign_or_evil_is_refused_and_runs_nothing(value,
 def test_a_failed_write_leaves_the_older_checkpoint(run, monkeypatch):
     before = contents("out")
     monkeypatch.setattr(torch, "save", full_disk)
-    assert "out/best.pt: No space left" in run("train.py --resume=True --steps=16", 1)
+    assert re.search("out/.* was not written.*No space left", run("train.py --resume=True --steps=16", 1))
     after = contents("out")
     assert after.keys() == before.keys() and all(after[name] == before[name] for name in ("ckpt.pt", "best.pt"))
 

@@ -12,8 +12,8 @@ Train a Transformer language model on the tokens that bpe.py wrote: on CPU, CUDA
 Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (where the run stands),
 best.pt (the weights with the lowest validation loss so far), log.csv (a row per logged step), curves.svg (the losses
 over steps and over seconds), config.json (the constants) and a copy of the tokenizer. sample.py needs this folder only.
-Checkpoints are written before the first step, at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP or a
-closed pipe ends the training early. Where the disk has no room for a new checkpoint, the last one stays.
+Checkpoints are written before the first step, at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP, a
+closed pipe or a log.csv that cannot be written ends the training early. Where there is no room, the last one stays.
 """
 import os
 import time
@@ -342,9 +342,9 @@ def write_checkpoint(saved, out):
     try:
         with replacing(out) as (temporary,), open(temporary, "wb") as file:
             torch.save(saved, file)
-    except RuntimeError as error:   # torch hides the operating system's reason behind one of its own
+    except (OSError, RuntimeError) as error:   # torch hides the operating system's reason behind one of its own
         raise OSError(f"{out} was not written, and what stood there before still stands: "
-                      f"{error.__context__ or error}") from None
+                      f"{error if isinstance(error, OSError) else error.__context__ or error}") from None
 
 
 def save_checkpoint(model, optimizer, iteration, out, **more):
@@ -638,10 +638,8 @@ def choose_device(name):
 
 def choose_precision(chip):
     """The data type of the matrix products on a device."""
-    if chip.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported()   # every CPU with AMX has it, too
-    else:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)   # False without CUDA, as on MPS
+    fast = (torch.cpu._is_avx512_bf16_supported() if chip.type == "cpu"          # every CPU with AMX has it, too
+            else torch.cuda.is_bf16_supported(including_emulation=False))        # False without CUDA, as on MPS
     return getattr(torch, dtype or ("bfloat16" if fast else "float32"))
 
 
@@ -823,16 +821,15 @@ def main():
         parts = np.arange(batch_size).reshape(PROCESSES, grad_accum, -1)[RANK]   # (grad_accum, sequences)
 
         def clock():
-            """Seconds that the run has taken, those before it was resumed included. One clock for all processes, for
-            their rates must be equal.
-            """
-            return agreed(earlier + time.perf_counter() - STARTED)
+            """Seconds that the run has taken, those before it was resumed included."""
+            return earlier + time.perf_counter() - STARTED
 
         def horizon_at(seconds):
             """The last step. With --max_minutes it is an estimate: `step` steps took `seconds`, start-up included, so
-            the `budget` of seconds is enough for step * budget / seconds. So the rate falls with the clock.
+            the `budget` of seconds is enough for step * budget / seconds. So the rate falls with the clock; it is
+            the same in all processes.
             """
-            return max(step, (step or math.inf) * budget / seconds) if max_minutes else steps
+            return max(step, (step or math.inf) * budget / agreed(seconds)) if max_minutes else steps
 
         def save():
             """Write ckpt.pt and curves.svg; first best.pt, if the last row has the lowest validation loss."""
@@ -853,7 +850,7 @@ def main():
         save()
         # Keep time for two of each: an evaluation may be due just before the time is up, and the last one follows it.
         # Python takes a second to end.
-        budget = 60 * max_minutes - 2.5 * (clock() - begin) - 1.5
+        budget = 60 * max_minutes - agreed(2.5 * (clock() - begin) + 1.5)
         if not max_minutes:
             warmup = shorter_warmup(steps)
         horizon = horizon_at(clock())
@@ -896,7 +893,7 @@ def main():
             left = max(0, budget - seconds) if max_minutes else pace * (steps - step)
             total = step + left / pace
             if estimating:   # the pace without start-up and compilation tells how many steps it will be
-                warmup = shorter_warmup(total)
+                warmup = shorter_warmup(agreed(total))
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
                             train_loss=train_loss, val_loss=val_loss, grad_norm=norm,
@@ -918,8 +915,7 @@ def main():
         if step < horizon:
             print(f"stopped at step {step:,}; --resume=True goes on from there")
         else:
-            reached = summary(log, config["val_bytes_per_token"])
-            print(f"{reached}; the run's files are in {out_dir}")
+            print(summary(log, config["val_bytes_per_token"]) + f"; the run's files are in {out_dir}")
     if PROCESSES > 1:
         dist.barrier()   # nobody leaves while another still talks
         dist.destroy_process_group()
