@@ -666,9 +666,8 @@ def load_data(saved, parent):
     check_sums = [train_crc, val_crc, zlib.crc32(b"".join(tables))]
     require(not saved or saved["data"] == check_sums, f"--resume=True: {data_dir} has other tokens, or another "
             f"tokenizer, than the data that {out_dir} was trained on; name its data, or another --out_dir")
-    val_bytes = sum(len(tokenizer.vocab[number]) * count   # count: how often the token occurs
-                    for number, count in enumerate(np.bincount(val_tokens).tolist()))
-    return tokenizer, train_tokens, val_tokens, check_sums, val_bytes / len(val_tokens)
+    lengths = [len(tokenizer.vocab[number]) for number in range(vocab_size)]   # in bytes
+    return tokenizer, train_tokens, val_tokens, check_sums, float(np.take(lengths, val_tokens).mean())
 
 
 def build(vocab_size, chip, precision, parent):
@@ -792,8 +791,8 @@ def main():
     check_flags(config)
     chip = choose_device(device)
     precision = choose_precision(chip)
-    require(PROCESSES == 1 or chip.type != "mps",
-            "several processes cannot talk to each other on MPS: add --device=cpu, or go without torchrun")
+    require(PROCESSES == 1 or chip.type != "mps" and ":" not in device,
+            f"--device={device or chip.type}: each process needs a device of its own, so name cpu or cuda")
     tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
     keep_freed_memory()   # saves 5 % of a step on a CPU
     if chip.type == "cuda":
