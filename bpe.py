@@ -34,7 +34,6 @@ import re
 import shutil
 import sqlite3
 import sys
-import sysconfig
 import threading
 import time
 from collections import Counter
@@ -60,7 +59,7 @@ OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt,
 BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 512         # a group of new words goes to Tokenizer.replay if one of them has more bytes than this
-CACHE = 3 << 24    # bytes of words whose token ids a tokenizer remembers
+CACHE = 1 << 20    # words whose token ids a tokenizer remembers
 NEVER = 2 ** 63 - 1                                # in Tokenizer.merge_words: greater than any pair and any key
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
@@ -77,9 +76,10 @@ CONTRACTION = re.compile(rb"'(?:[sdmt]|ll|ve|re)")
 def special_pattern(specials):
     """The compiled pattern of the special tokens (bytes); of several that match at one place the longest wins.
 
-    Raises InputError for an empty one.
+    Raises InputError for one that is empty or a single byte.
     """
-    require(b"" not in specials, "a special token is empty text, which matches everywhere: leave it out")
+    require(min(map(len, specials), default=2) > 1,
+            f"special tokens {[*specials]}: one is empty, which matches everywhere, or a single byte, which is a token")
     # In this order a longer one comes before its own beginning. The byte 0xFF, which UTF-8 never has, matches nothing.
     any_of_them = b"|".join(map(re.escape, sorted(specials, reverse=True)))
     return re.compile(b"(%s)" % (any_of_them or b"\xff"))
@@ -409,9 +409,7 @@ def on_block(function, path, block):
     text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
     """
     start, stop = block
-    with open(path, "rb") as file:
-        file.seek(start)
-        raw = file.read(stop - start)
+    raw = mapped(path)[start:stop]
     text = raw.decode(errors="replace").encode()
     return function(text), text.count(b"\xef\xbf\xbd") - raw.count(b"\xef\xbf\xbd")   # U+FFFD
 
@@ -469,20 +467,18 @@ class Segmentation:
         right = self.first[places + self.lengths[left]]
         return left << 32 | right   # anything | -1 is -1
 
-    def group_by_pair(self, places, weight, floor):
-        """Yield (pair, count, places) for each pair that begins at these places and occurs at least `floor` times.
+    def group_by_pair(self, places, weight):
+        """Yield (pair, count, places) for each pair that begins at these places, the most frequent one first.
 
-        floor 0 means an eighth of the highest count, at least 1. weight: how often the word of each cell counts.
+        weight: how often the word of each cell counts.
         """
         pairs = self.pairs(places)
         order = pairs.argsort()[np.count_nonzero(pairs < 0):]   # the negative ones come first: no pair begins there
         pairs = pairs[order]
-        starts = changes(pairs).nonzero()[0]
+        starts = np.flatnonzero(changes(pairs))
         places, bounds = places[order], np.append(starts, len(pairs))
-        del order   # 5 MB less at the peak of training
         occurs = np.add.reduceat(weight[places], starts)
-        floor = floor or max(1, occurs.max(initial=0) // 8)
-        for i in np.flatnonzero(occurs >= floor).tolist():
+        for i in (-occurs).argsort().tolist():
             yield int(pairs[bounds[i]]), int(occurs[i]), places[bounds[i]:bounds[i + 1]]
 
     def ids_of_words(self, ids):
@@ -508,11 +504,11 @@ class Segmentation:
         """merge for a pair whose places may overlap: of x x x x, the pairs at 0 and 2 are merged."""
         if pair >> 32 == pair & 0xFFFFFFFF:
             apart, end = [], 0
-            for place in np.sort(places).tolist():
+            for place in sorted(places.tolist()):
                 if place >= end:
                     apart.append(place)
-                    end = place + int(self.lengths[new])
-            places = np.array(apart, np.intp)
+                    end = place + self.lengths[new]
+            places = np.array(apart, int)
         return self.merge(new, places)
 
 
@@ -539,34 +535,36 @@ def learn_merges(counts, num_merges):
     counts is emptied as soon as the arrays have it all, for the memory.
     """
     num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
-    corpus = Segmentation(counts, np.ones(257 + num_merges, np.intp))
-    # How often the word of each cell occurs, in the smallest signed type, mostly int32: half the memory. (~n is -n - 1,
-    # which has a signed type.)
-    small = np.min_scalar_type(~max(counts.values(), default=0))
-    weight = np.repeat(np.fromiter(counts.values(), small), [len(word) + 1 for word in counts])
+    corpus = Segmentation(counts, np.ones(257 + num_merges, int))
+    # how often the word of each cell occurs
+    weight = np.repeat(np.fromiter(counts.values(), int), [len(word) + 1 for word in counts])
     counts.clear()
     vocab, merges, heap = list(BYTES), [], []
 
-    def note(places, floor):
-        for pair, occurs, group in corpus.group_by_pair(places, weight, floor):
+    def note(places):
+        nonlocal floor
+        for pair, occurs, group in corpus.group_by_pair(places, weight):
+            floor = floor or max(1, occurs // 8)
+            if occurs < floor:
+                break
             parts = Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF]))
             heappush(heap, (-occurs, parts, pair, group))
 
     while len(merges) < num_merges:
         if not heap:
-            note(corpus.begins(), 0)
+            floor = 0
+            note(corpus.begins())
             if not heap:
                 break
-            floor = max(1, -heap[0][0] // 8)   # as group_by_pair has just chosen it
         bound, parts, pair, places = heappop(heap)
         places = places[corpus.pairs(places) == pair]
-        occurs = int(weight[places].sum())
+        occurs = weight[places].sum()
         if occurs == -bound:
             new = len(vocab)
             merges.append(tuple(parts))
             vocab.append(b"".join(parts))
             corpus.lengths[new] = len(vocab[new])
-            note(corpus.merge_all(pair, new, places), floor)
+            note(corpus.merge_all(pair, new, places))
             progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
         elif occurs >= floor:
             heappush(heap, (-occurs, parts, pair, places))
@@ -630,7 +628,7 @@ class Tokenizer:
 
         self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
         # For each token in the order of `numbers`: its id and its length. For each merge: its pair.
-        self.ids = np.array([ids[token] for token in self.numbers], self.dtype)
+        self.ids = np.fromiter(map(ids.get, self.numbers), self.dtype)
         self.lengths = np.array([*map(len, self.numbers), 1])
         self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
         # NEVER, the last one, is above all that merge_words looks for.
@@ -638,7 +636,7 @@ class Tokenizer:
         self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
                             for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
-        self.cached = np.inf   # bytes of words in the cache: encode_words makes a new one when they are too many
+        self.cache = dict(self.special_ids)   # the ids of words that have been encoded
 
     @classmethod
     def untrained(cls, special_tokens, vocab_size):
@@ -684,7 +682,7 @@ class Tokenizer:
     def file_contents(self):
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
         table = {to_visible(token) if token in self.numbers else token.decode(): token_id
-                 for token_id, token in sorted(self.vocab.items())}
+                 for token_id, token in self.vocab.items()}
         lines = [f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges]
         return [json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()]
 
@@ -731,7 +729,7 @@ class Tokenizer:
         places_of, once = {}, np.ones(len(corpus.first), np.int8)
 
         def note(places):
-            places_of.update((pair, group) for pair, _, group in corpus.group_by_pair(places, once, 1))
+            places_of.update((pair, group) for pair, _, group in corpus.group_by_pair(places, once))
 
         note(corpus.begins())
         for new, pair in enumerate(self.pairs.tolist(), 256):
@@ -741,15 +739,14 @@ class Tokenizer:
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype. Remembers them."""
-        if self.cached > CACHE:
-            self.cache, self.cached = dict(self.special_ids), 0
+        if len(self.cache) > CACHE:
+            self.cache = dict(self.special_ids)
         new = sorted({*words}.difference(self.cache), key=len)   # alike in length, alike in rounds
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group, self.lengths)
             (self.merge_words if len(group[-1]) <= LONG else self.replay)(corpus)
             self.cache.update(zip(group, corpus.ids_of_words(self.ids)))
-        self.cached += sum(map(len, new))
         return [self.cache[word] for word in words]
 
     def count_words(self, text):
@@ -807,7 +804,7 @@ class Tokenizer:
     def decode(self, ids):
         """The text of token ids; bytes that are not UTF-8 become U+FFFD. Raises InputError for an unknown id."""
         try:
-            return b"".join([self.vocab[token_id] for token_id in ids]).decode(errors="replace")
+            return b"".join(map(self.vocab.__getitem__, ids)).decode(errors="replace")
         except KeyError as error:
             raise InputError(f"the vocabulary has {len(self.vocab)} tokens, none with id {error}") from None
 
@@ -826,12 +823,10 @@ def train_bpe(input_path, vocab_size, special_tokens, num_processes=0, stop=None
     for part in in_blocks("counting words", plain.count_words, input_path, plain.cut, 0, stop, num_processes):
         for word, occurs in zip(*part):
             counts[word] += occurs
-    del part   # the last one: 10 MB less at the peak, which follows
     for token in plain.special_ids:
         del counts[token]   # from a Counter, even if it is not there
     merges = learn_merges(counts, vocab_size - len(plain.vocab))
-    tokens = {**made_by(merges), **plain.special_ids}   # a dict, for a special token that is a byte comes once
-    return dict(enumerate(tokens)), merges
+    return dict(enumerate([*made_by(merges), *plain.special_ids])), merges
 
 
 # --------------------------------------------------------------------- 8. flags, errors and files, for all four scripts
@@ -852,7 +847,7 @@ def require(holds, message):
 
 def true_or_false(text):
     """The value of a flag that is True or False; argparse shows the name of this function if it is neither."""
-    return bool(["False", "True"].index(text))
+    return ["False", "True"].index(text) == 1
 
 
 def configure(constants):
@@ -871,9 +866,7 @@ def configure(constants):
         default = constants[name]
         parser.add_argument(f"--{name}", default=default, metavar=str(default), help=comment.replace("%", "%%"),
                             type=true_or_false if isinstance(default, bool) else type(default))
-    # Join `--lr -1e-3` to `--lr=-1e-3`: argparse would take the value for a flag.
-    words = re.sub(r"(\0--\w+)\0(?!--)", r"\1=", "\0".join(sys.argv)).split("\0")[1:]
-    flags = vars(parser.parse_args(words))
+    flags = vars(parser.parse_args())
     for name, value in flags.items():
         require(isinstance(value, str) or abs(value) < 2 ** 63,   # which nan fails, too
                 f"--{name}={value} is not a finite number below 2**63")
@@ -903,8 +896,7 @@ def one_line_errors():
     except (OSError, InputError, MemoryError, FloatingPointError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):   # so torch reports a failed allocation
             raise
-        message = (f"{error.filename}: {error.strerror}" if getattr(error, "filename", None)
-                   else str(error) or type(error).__name__)
+        message = str(error) or type(error).__name__
         status = 2 if isinstance(error, UsageError) else 1
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
@@ -969,7 +961,7 @@ def only_run_in(folder):
 
 def standard_library():
     """The files of Python's standard library, without tests and site-packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = Path(os.__file__).parent
     return [module for module in root.rglob("*.py")
             if {"test", "tests", "idle_test", "site-packages"}.isdisjoint(module.relative_to(root).parts)]
 
@@ -1009,14 +1001,11 @@ def find_text(document_end):
     """The file that --data names; or corpus.txt in data_dir, made of the files that match the pattern."""
     if os.path.isfile(data):
         return data
-    files = real_files(glob.glob(data, recursive=True) if data else standard_library())
-    own = files & own_files()
-    if own:
-        print(f"note: left out, as this program writes them: {', '.join(sorted(map(str, own)))}", file=sys.stderr)
-    if files == own:
+    files = real_files(glob.glob(data, recursive=True) if data else standard_library()) - own_files()
+    if not files:
         raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
                                 "for all files of a folder, write 'folder/**/*'")
-    return collect(files - own, f"{data_dir}/corpus.txt", document_end)
+    return collect(files, f"{data_dir}/corpus.txt", document_end)
 
 
 def start_of_held_out(path, tokenizer, document_end):
@@ -1051,14 +1040,11 @@ def check_flags():
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data:
         mapped(val_data)   # raises an error if it is not a file with text in it
-    tokenizer = Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)
-    require(len(tokenizer.vocab) == 256 + len(tokenizer.special_tokens),
-            f"--special_tokens={special_tokens!r}: one of them is a single byte, which is a token already")
     require(os.path.isfile(data) or os.path.exists(f"{data_dir}/.lock") or not os.path.exists(f"{data_dir}/corpus.txt"),
             f"{data_dir}/corpus.txt is not from this program, and this run would replace it: choose another --data_dir")
     require(not real_files([data, val_data]) & own_files(),
             f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
-    return tokenizer
+    return Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)
 
 
 def main():

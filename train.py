@@ -362,9 +362,11 @@ def read_checkpoint(src, *names):
     file is run.
     """
     try:
-        saved = torch.load(src, map_location="cpu", weights_only=True)
         # It is a zip file, but torch does not look at its check sums.
         require(not zipfile.ZipFile(src).testzip(), "a check sum is wrong")
+        if hasattr(src, "seek"):
+            src.seek(0)
+        saved = torch.load(src, map_location="cpu", weights_only=True)
         for name in "model", *names:
             require(name in saved, f"it lacks {name}")
     except (FileNotFoundError, PermissionError):
@@ -455,12 +457,10 @@ def in_one_voice(run):
         sys.stdout = open(os.devnull, "w")
     try:
         run()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt):
         if PROCESSES > 1:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which torchrun ends it
             time.sleep(0.5 + RANK)
-        if isinstance(error, RuntimeError) and "allocate" in str(error):   # so torch says that an allocation failed
-            raise MemoryError(f"{error}: choose a smaller model or --batch_size, or a larger --grad_accum")
         raise
 
 
