@@ -59,7 +59,7 @@ OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt,
 BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 512         # a group of new words goes to Tokenizer.replay if one of them has more bytes than this
-CACHE = 1 << 20    # words whose token ids a tokenizer remembers
+CACHE = 1 << 18    # words: a tokenizer that remembers the ids of more of them forgets all
 NEVER = 2 ** 63 - 1                                # in Tokenizer.merge_words: greater than any pair and any key
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
@@ -78,9 +78,10 @@ def special_pattern(specials):
 
     Raises InputError for one that is empty or a single byte.
     """
-    require(min(map(len, specials), default=2) > 1,
+    require(all(len(token) > 1 for token in specials),
             f"special tokens {[*specials]}: one is empty, which matches everywhere, or a single byte, which is a token")
-    # In this order a longer one comes before its own beginning. The byte 0xFF, which UTF-8 never has, matches nothing.
+    # If one token is the beginning of another, the longer one stands first, so it is tried first. Without any, the
+    # pattern is the byte 0xFF, which UTF-8 never has.
     any_of_them = b"|".join(map(re.escape, sorted(specials, reverse=True)))
     return re.compile(b"(%s)" % (any_of_them or b"\xff"))
 
@@ -171,7 +172,7 @@ def kind_of_code_point():
 
 
 def kind_of_byte(byte):
-    """The kind of the character that each byte of valid UTF-8 belongs to: an array of uint8, as is `byte`."""
+    """For each byte of valid UTF-8, the kind of its character. `byte` and the result: arrays of uint8."""
     kinds = kind_of_code_point().take(byte)
     wide = byte[byte > 127]   # the characters beyond ASCII; the first byte of each is 0xC0 or more
     points = np.frombuffer(wide.tobytes().decode().encode("utf-32-le"), np.uint32)
@@ -220,7 +221,7 @@ def pretokenise(text, special):
     # space, else it is a word by itself.
     last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] < SPECIAL))   # its last byte
     begins[last + 1] = byte[last] != ord(" ")
-    for _ in range(2):   # of U+00A0, U+3000 and others, which have two or three bytes, the first one
+    for _ in range(2):   # go back to its first byte: U+00A0 has two, U+3000 has three
         last -= byte[last] & 0xC0 == 0x80
     begins[last] = True
 
@@ -246,7 +247,8 @@ def distinct_words(text, special):
     >>> sorted(words), [words[i] for i in index]
     ([b' a', b' dog', b' or', b'a'], [b'a', b' dog', b' or', b' a', b' dog'])
 
-    A word may come more than once in the list, which costs only time. Long words come once for each occurrence.
+    Words of 16 bytes or more are listed once for each occurrence, and a few others perhaps more than once. That costs
+    only time.
     """
     places, lengths = pretokenise(text, special)
     # Each word becomes 16 bytes, as two numbers: its own bytes, and 0xFF, which UTF-8 never has, for all behind them.
@@ -283,7 +285,7 @@ def cut_pattern(specials):
 
     A text may be cut where no word goes on: before white space that follows anything else; and after an ASCII letter or
     digit, before an ASCII character of another kind. The pattern never looks back, so the words behind the cut stay as
-    they are. No cut goes through what could be a special token: "<|end|>" has such a place.
+    they are. A special token is not cut: in "<|end|>", the second bar would be such a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
@@ -318,9 +320,9 @@ def pieces(text, cut, size, start, stop):
 
 def mapped(path):
     """A file as an mmap, which reads like bytes: the system loads only the pages that are looked at."""
+    if not os.path.getsize(path):
+        raise InputError(f"{path} is empty, or no plain file: name a file with text in it")
     with open(path, "rb") as file:
-        if not file.peek():
-            raise InputError(f"{path} is empty: name a file with text in it")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -328,7 +330,7 @@ def keep_freed_memory():
     """Let glibc keep large blocks that are freed, instead of taking new pages from the system for each array. It saves
     a third of the time of distinct_words.
     """
-    with suppress(AttributeError, OSError, TypeError):   # another C library, with habits of its own
+    with suppress(AttributeError, TypeError):   # another C library, with habits of its own
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)    # M_MMAP_MAX: take large blocks from the heap
         libc.mallopt(-1, -1)   # M_TRIM_THRESHOLD: never give its end back
@@ -388,15 +390,15 @@ def in_parallel(function, tasks, num_processes):
         raise ChildProcessError("a worker process died, perhaps for lack of memory: try --num_processes=1") from None
 
 
-# For the report: how long each phase took, how many malformed places it met in the text, and when all began. Encoding
-# includes the validation text.
+# For the report: the seconds of each phase, the malformed places that were met in each phase, and the time when the
+# script began. Encoding includes the validation text.
 SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 
 
 def progress(phase, state):
     """Show on a terminal how far a phase has come; the next line that is printed replaces it.
 
-    The time since the previous call, for any phase, is added to this phase.
+    Adds to this phase the time since the last call, whichever phase that was for.
     """
     SECONDS[phase] += time.perf_counter() - BEGIN - SECONDS.total()
     if __name__ == "__main__" and sys.stdout.isatty():
@@ -404,7 +406,7 @@ def progress(phase, state):
 
 
 def on_block(function, path, block):
-    """function(text) of one block of a file, and how many malformed places the block has. block: (start, stop).
+    """function(text) of one block of a file, and the number of malformed places in it. block: (start, stop).
 
     text: the bytes start..stop as valid UTF-8, with U+FFFD for what was malformed.
     """
@@ -415,7 +417,7 @@ def on_block(function, path, block):
 
 
 def in_blocks(phase, function, path, cut, start, stop, num_processes):
-    """Yield function(text) of each block of bytes start..stop of a file, in order, from all cores.
+    """Yield function(text) of each block of bytes start..stop of a file, in order; num_processes: see in_parallel.
 
     stop None: to the end.
     """
@@ -434,8 +436,9 @@ class Segmentation:
     """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
 
     first[i] is the token that begins at cell i, or -1. last[i] is the token that ends at cell i. If none ends there,
-    last[i] is out of date and not used. Both are -1 in a gap, and last is -1 nowhere else. Tokens are numbered: the
-    bytes, then what the merges make, in the order learnt. "low" and "lo" after the merge of o w:
+    last[i] is out of date and not used. Both are -1 in a gap. Inside a token, first is -1, too, but last never is: so
+    last tells where the gaps are. Tokens are numbered: the bytes, then what the merges make, in the order learnt. "low"
+    and "lo" after the merge of o w:
 
         cell      0    1    2    3    4    5    6    7
         word           l    o    w         l    o
@@ -447,7 +450,8 @@ class Segmentation:
     """
 
     def __init__(self, words, lengths):
-        """words: bytes objects, UTF-8. lengths: the number of bytes of each token, and at the end a 1 for the token -1.
+        """words: bytes objects, UTF-8. lengths: the number of bytes of each token, and at the end 1: lengths[-1] leads
+        from a gap to the next cell.
         """
         cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)   # UTF-8 never has the byte 0xFF
         self.first = np.where(cells < 0xFF, cells, np.int32(-1))
@@ -461,7 +465,7 @@ class Segmentation:
     def pairs(self, places):
         """The pair that begins at each of these places, a token and its right neighbour: left << 32 | right.
 
-        Negative where no pair begins.
+        Negative where no pair begins, as at the end of a word, in a gap or inside a token.
         """
         left = self.first[places].astype(np.int64)
         right = self.first[places + self.lengths[left]]
@@ -470,7 +474,7 @@ class Segmentation:
     def group_by_pair(self, places, weight):
         """Yield (pair, count, places) for each pair that begins at these places, the most frequent one first.
 
-        weight: how often the word of each cell counts.
+        weight: how often the word of each cell counts. The places of a pair come in no order.
         """
         pairs = self.pairs(places)
         order = pairs.argsort()[np.count_nonzero(pairs < 0):]   # the negative ones come first: no pair begins there
@@ -525,12 +529,13 @@ def learn_merges(counts, num_merges):
     - It counts all pairs. Here the places of a pair are collected when the newer of its two tokens is made. Later
       merges can only take places away.
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
-      counted again; if it has lost places, it goes back with its true count.
-    - Pairs that occur less than `floor` times, the great majority, stay off the heap. When the heap is empty, as at the
-      start, all pairs are counted, and the floor becomes an eighth of the highest count, at least 1. If the heap stays
-      empty, no pair is left. So the most frequent pair is always on the heap: those on it have at least `floor`, all
-      others less. This makes 10,000 merges 1.7 times as fast.
+      counted again. If it has lost places, it goes back with its true count.
     - merge_pair in each word: one Segmentation.merge_all.
+
+    Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. A pair is merged only
+    if it has at least `floor`, so none of these can be more frequent. When the heap is empty, as at the start, all
+    pairs are counted, and the floor becomes an eighth of the highest count, at least 1. If the heap stays empty, no
+    pair is left. This makes 10,000 merges 1.7 times as fast.
 
     counts is emptied as soon as the arrays have it all, for the memory.
     """
@@ -693,8 +698,9 @@ class Tokenizer:
     def merge_words(self, corpus):
         """plain_encode for many words at once. corpus: their Segmentation into bytes; it is changed in place.
 
-        Each round merges one pair in each word: the pair of lowest rank, the leftmost if there are several. (This
-        equals merging all of them at once, because a new pair holds the new token, so its rank is higher: see made_by.)
+        Each round merges one pair in each word: the pair of lowest rank, the leftmost if there are several. (The
+        definition merges all of these at once. The result is the same: a new pair holds the new token, so its rank is
+        higher, see made_by, and the others come first.)
         Rank and place stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s),
         1 (es, t), 2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
 
@@ -704,7 +710,7 @@ class Tokenizer:
             rank         3        3                  1          lowest: 3, 3, 1
             round 2    . low    . low    e r . n e w est    .   no pair has a rank: all three words are done
 
-        One word after another in plain Python takes 7 microseconds a word, and a millisecond if it has 130 letters.
+        A loop in plain Python would take 7 microseconds a word, and a millisecond for one of 130 letters.
         """
         key = np.full(len(corpus.first), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
         gaps = np.flatnonzero(corpus.last < 0)     # the gap before each word that is not done, at first also the last
@@ -738,10 +744,12 @@ class Tokenizer:
                 note(corpus.merge_all(pair, new, places[corpus.pairs(places) == pair]))
 
     def encode_words(self, words):
-        """The token ids of each word or special token in a list, as bytes of self.dtype. Remembers them."""
+        """The token ids of each word or special token in a list, as bytes of self.dtype. Only words that are not in the
+        cache are merged; special tokens always are in it.
+        """
         if len(self.cache) > CACHE:
             self.cache = dict(self.special_ids)
-        new = sorted({*words}.difference(self.cache), key=len)   # alike in length, alike in rounds
+        new = sorted({*words}.difference(self.cache), key=len)   # so that few wait for a longer one
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group, self.lengths)
@@ -762,9 +770,9 @@ class Tokenizer:
     def encode(self, text):
         """The token ids of a str, list[int]. Special tokens in it become their ids; lone surrogates count as U+FFFD."""
         raw = utf8(text)
-        if len(raw) > 4096:
+        if len(raw) > 1024:
             ids = [self.encode_bytes(raw[start:stop]) for start, stop in pieces(raw, self.cut, BLOCK, 0, len(raw))]
-        else:   # for a few words the pattern itself is faster than arrays: 5 microseconds instead of 200
+        else:   # for a few words the pattern is faster than arrays: 3 microseconds instead of 60
             ids = self.encode_words(plain_words(raw, self.special))
         return np.frombuffer(b"".join(ids), self.dtype).tolist()
 
@@ -773,7 +781,8 @@ class Tokenizer:
 
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
-        text, enough = bytearray(), 32768   # what is not encoded yet, and above which length the first half is tried
+        # text: what is not encoded yet. When it is longer than `enough`, its first half is, if there is a place to cut.
+        text, enough = bytearray(), 32768
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
@@ -796,7 +805,7 @@ class Tokenizer:
         """Encode a UTF-8 file into a file of raw little-endian ids, which is replaced as a whole; return their number.
 
         uint16 for up to 65,536 tokens in the vocabulary, else uint32. Uses num_processes (0: one for each core) and
-        memory that does not grow with the file. Malformed bytes count as U+FFFD.
+        memory that does not grow with the file, once the cache is full. Malformed bytes count as U+FFFD.
         """
         with replacing(bin_path) as (temporary,):
             return self.write_ids(text_path, 0, None, temporary, num_processes)
@@ -857,14 +866,13 @@ def configure(constants):
     its source. `--name=value` or `--name value`, or --help. Raises UsageError for a wrong flag.
     """
     parser = argparse.ArgumentParser(description=constants["__doc__"], allow_abbrev=False,
-                                     usage="%(prog)s [--flag=value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     # argparse itself would print two lines, in each of several processes
     parser.error = lambda message: require(False, f"{message}; --help lists the flags")
     source = Path(constants["__file__"]).read_text(encoding="utf-8")
     for name, comment in re.findall(r"(?m)^([a-z]\w*) = .*?  # (.*)$", source):
         default = constants[name]
-        parser.add_argument(f"--{name}", default=default, metavar=str(default), help=comment.replace("%", "%%"),
+        parser.add_argument(f"--{name}", default=default, metavar=str(default), help=comment,
                             type=true_or_false if isinstance(default, bool) else type(default))
     flags = vars(parser.parse_args())
     for name, value in flags.items():
@@ -878,8 +886,8 @@ def configure(constants):
 def one_line_errors():
     """End the script with one line on stderr where the user or the machine did something wrong.
 
-    Status 2 for a UsageError, 1 for what else can fail at run time, 130 for Ctrl-C. Any other exception is a fault of
-    the program, and shows its traceback.
+    Status 2 for a UsageError, 1 for what else can fail at run time, 130 for Ctrl-C. If nobody reads the output any
+    more, status 1 without a line. Any other exception is a fault of the program, and shows its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in "stdin", "stdout", "stderr":   # None where the caller has closed it
@@ -948,12 +956,13 @@ def only_run_in(folder):
     process ends, for whatever reason. The empty file stays.
     """
     os.makedirs(folder, exist_ok=True)
-    with closing(sqlite3.connect(f"{folder}/.lock", timeout=0)) as lock:
-        try:
-            lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
-        except sqlite3.DatabaseError as error:
-            raise BlockingIOError(f"another run is at work in {folder}, or it cannot be locked ({error}): "
-                                  "wait for it, or choose another folder") from None
+    try:
+        lock = sqlite3.connect(f"{folder}/.lock", timeout=0)
+        lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
+    except sqlite3.DatabaseError as error:
+        raise BlockingIOError(f"another run is at work in {folder}, or it cannot be locked ({error}): "
+                              "wait for it, or choose another folder") from None
+    with closing(lock):
         yield
 
 
@@ -998,10 +1007,13 @@ def own_files():
 
 
 def find_text(document_end):
-    """The file that --data names; or corpus.txt in data_dir, made of the files that match the pattern."""
+    """The file that --data names; or corpus.txt in data_dir, made of the files that match the pattern or, without one,
+    of the standard library.
+    """
     if os.path.isfile(data):
         return data
-    files = real_files(glob.glob(data, recursive=True) if data else standard_library()) - own_files()
+    files = real_files(glob.glob(data, recursive=True) if data else standard_library())
+    files -= own_files() | real_files([val_data])
     if not files:
         raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
                                 "for all files of a folder, write 'folder/**/*'")
@@ -1011,7 +1023,7 @@ def find_text(document_end):
 def start_of_held_out(path, tokenizer, document_end):
     """Where the text for validation begins, in the last twentieth of a file, at most 10 MB from its end.
 
-    That is after the first document that ends there or, if none does, between words.
+    That is after the first document that ends there and has text behind it or, if none does, between words.
     """
     with mapped(path) as text:
         place = tokenizer.cut.search(text, len(text) - min(len(text) // 20, 10_000_000))   # in no special token
@@ -1035,7 +1047,9 @@ def peak_memory():
 
 
 def check_flags():
-    """Refuse flags that make no sense; return a tokenizer without merges, with the special tokens that they name."""
+    """Refuse flags that make no sense or would replace the user's files; return a tokenizer without merges, with the
+    special tokens that they name.
+    """
     require(data_dir, "--data_dir is empty: name a folder")
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data:

@@ -427,7 +427,7 @@ SMALL = dict(BLOCK=40)
 
 
 @pytest.mark.parametrize("processes, sizes", [
-    (1, SMALL), (1, dict(SMALL, LONG=0)), (2, dict(SMALL, TOGETHER=3, LONG=5)), (3, dict(SMALL, CACHE=20)), (7, SMALL)])
+    (1, SMALL), (1, dict(SMALL, LONG=0)), (2, dict(SMALL, TOGETHER=3, LONG=5)), (3, dict(SMALL, CACHE=5)), (7, SMALL)])
 def test_a_file_trains_and_encodes_as_the_definition_says_for_any_number_of_processes(monkeypatch, processes, sizes):
     for size in sizes.items():
         monkeypatch.setattr(bpe, *size)
@@ -511,6 +511,8 @@ def test_a_pattern_makes_a_document_of_each_file_in_an_order_that_is_shuffled_bu
     assert training + validation == corpus and training.endswith("</s>") and validation.startswith("Note")
     run(f"{command} --data=notes/** --special_tokens=")
     assert Path("notes/corpus.txt").read_text() == corpus.replace("</s>", "\n")
+    run(f"{command} --data=notes/** --val_data=notes/0/007.md")
+    assert "Note 007" not in Path("notes/corpus.txt").read_text()
 
 
 def test_a_file_that_vanishes_is_left_out(capsys):

@@ -358,8 +358,8 @@ def save_checkpoint(model, optimizer, iteration, out, **more):
 def read_checkpoint(src, *names):
     """What write_checkpoint wrote to a path or binary file object, as a dict of tensors and plain values on the CPU.
 
-    Raises InputError (a ValueError) if the file is damaged or foreign, or lacks one of these names. No code from the
-    file is run.
+    Raises InputError (a ValueError) if the file is damaged or foreign, or lacks `model` or one of these names. No code
+    from the file is run.
     """
     try:
         # It is a zip file, but torch does not look at its check sums.
@@ -369,7 +369,7 @@ def read_checkpoint(src, *names):
         saved = torch.load(src, map_location="cpu", weights_only=True)
         for name in "model", *names:
             require(name in saved, f"it lacks {name}")
-    except (FileNotFoundError, PermissionError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:   # torch, pickle and zipfile have many ways to say that a file is foreign
         raise InputError(f"{src} is damaged, or is not the checkpoint that is wanted ({str(error)[:99]})") from None
@@ -451,7 +451,7 @@ def sharding():
 
 def in_one_voice(run):
     """Call run(). Of several processes, let rank 0 print, and only one tell its error. A process that fails waits
-    first, the longer the higher its rank; the first one that ends tells its error, and torchrun ends the others.
+    before it tells its error, the longer the higher its rank. So one tells it first, and torchrun ends the others.
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -639,16 +639,17 @@ def choose_precision(chip):
     """The data type of the matrix products on a device: the one that --dtype names, or else the faster one."""
     if dtype:
         return getattr(torch, dtype)
-    if chip.type == "cpu":   # of two with bfloat16 in AVX-512, one took half as long for a product, the other twice
-        return min(torch.bfloat16, torch.float32, key=lambda precision: min(timeit.repeat(
-            "x @ x", f"import torch; x = torch.ones(512, 512, dtype={precision})", number=1)))
+    if chip.type == "cpu":
+        # Of two CPUs with instructions for bfloat16, one needs half the time of float32 for a product, the other twice.
+        return min(torch.bfloat16, torch.float32, key=lambda precision: agreed(min(timeit.repeat(
+            "x @ x", f"import torch; x = torch.ones(512, 512, dtype={precision})", number=1))))
     # False without CUDA, as on MPS
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def load_data(saved, parent):
     """The tokenizer in data_dir; the tokens for training and for validation; their check sums, by which a resumed run
-    knows them; the mean bytes of a validation token.
+    knows them again; the mean bytes of a validation token.
 
     Raises UsageError for data of another tokenizer than the parent's, or not those of the checkpoint.
     """
@@ -792,7 +793,6 @@ def main():
     config, saved, parent = adopt_runs(config)
     check_flags(config)
     chip = choose_device(device)
-    precision = choose_precision(chip)
     require(PROCESSES == 1 or chip.type != "mps" and ":" not in device,
             f"--device={device or chip.type}: each process needs a device of its own, so name cpu or cuda")
     tokenizer, train_tokens, val_tokens, check_sums, config["val_bytes_per_token"] = load_data(saved, parent)
@@ -803,6 +803,7 @@ def main():
     if PROCESSES > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chip.type == "cuda" else "gloo")
 
+    precision = choose_precision(chip)
     vocab_size = len(tokenizer.vocab)
     model, rule = build(vocab_size, chip, precision, parent)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train_tokens):,} training tokens; "
