@@ -276,6 +276,7 @@ bpe.py --data=text.txt --val_data=nowhere.txt           1  nowhere.txt
 bpe.py --data=/dev/null --val_data=text.txt             1  no file has this name
 bpe.py --data=empty                                     1  is empty
 bpe.py --data=text.txt --tokenizer_dir=nowhere          1  nowhere
+bpe.py --data=text.txt --data_dir=/proc                 1  /proc
 bpe.py --data=*.txt --data_dir=mine                     2  mine/corpus.txt is not from this program
 bpe.py --data=data/train.bin                            2  would replace
 bpe.py --data=link                                      2  would replace
