@@ -59,7 +59,7 @@ OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt,
 BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 512         # a group of new words goes to Tokenizer.replay if one of them has more bytes than this
-CACHE = 1 << 18    # words: a tokenizer that remembers the ids of more of them forgets all
+CACHE = 3 << 24    # bytes: a tokenizer that remembers the ids of more words than this forgets all
 NEVER = 2 ** 63 - 1                                # in Tokenizer.merge_words: greater than any pair and any key
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
@@ -80,10 +80,9 @@ def special_pattern(specials):
     """
     require(all(len(token) > 1 for token in specials),
             f"special tokens {[*specials]}: one is empty, which matches everywhere, or a single byte, which is a token")
-    # If one token is the beginning of another, the longer one stands first, so it is tried first. Without any, the
-    # pattern is the byte 0xFF, which UTF-8 never has.
-    any_of_them = b"|".join(map(re.escape, sorted(specials, reverse=True)))
-    return re.compile(b"(%s)" % (any_of_them or b"\xff"))
+    # If one token is the beginning of another, the longer one stands first, so it is tried first. The byte 0xFF, which
+    # UTF-8 never has, is there for a text without special tokens.
+    return re.compile(b"(%s)" % b"|".join(map(re.escape, sorted([*specials, b"\xff"], reverse=True))))
 
 
 def plain_words(text, special):
@@ -552,8 +551,7 @@ def learn_merges(counts, num_merges):
             floor = floor or max(1, occurs // 8)
             if occurs < floor:
                 break
-            parts = Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF]))
-            heappush(heap, (-occurs, parts, pair, group))
+            heappush(heap, (-occurs, Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF])), pair, group))
 
     while len(merges) < num_merges:
         if not heap:
@@ -616,6 +614,8 @@ class Tokenizer:
     Raises InputError, a ValueError, for a vocabulary and merges that do not fit together.
     """
 
+    cached = np.inf   # bytes of the words in the cache, which encode_words makes when they are too many
+
     def __init__(self, vocab, merges, special_tokens=None):
         self.merges, self.numbers = list(merges), made_by(merges)
         ids = {token: token_id for token_id, token in vocab.items()}
@@ -641,7 +641,6 @@ class Tokenizer:
         self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
                             for token in map(utf8, self.special_tokens)}
         self.special, self.cut = special_pattern(self.special_ids), cut_pattern(self.special_ids)
-        self.cache = dict(self.special_ids)   # the ids of words that have been encoded
 
     @classmethod
     def untrained(cls, special_tokens, vocab_size):
@@ -747,14 +746,15 @@ class Tokenizer:
         """The token ids of each word or special token in a list, as bytes of self.dtype. Only words that are not in the
         cache are merged; special tokens always are in it.
         """
-        if len(self.cache) > CACHE:
-            self.cache = dict(self.special_ids)
+        if self.cached > CACHE:
+            self.cache, self.cached = dict(self.special_ids), 0
         new = sorted({*words}.difference(self.cache), key=len)   # so that few wait for a longer one
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group, self.lengths)
             (self.merge_words if len(group[-1]) <= LONG else self.replay)(corpus)
             self.cache.update(zip(group, corpus.ids_of_words(self.ids)))
+        self.cached += sum(map(len, new))
         return [self.cache[word] for word in words]
 
     def count_words(self, text):
@@ -932,8 +932,8 @@ def replacing(*paths):
         for pair in reversed([*zip(temporaries, paths)]):
             os.replace(*pair)
     except OSError as error:
-        if error.errno:   # a full disk does not say which file it could not take
-            error.filename = error.filename or " or ".join(map(str, paths))
+        # a full disk does not say which file it could not take
+        error.filename = error.filename or error.errno and " or ".join(map(str, paths))
         raise
     finally:
         for temporary in temporaries:
@@ -997,7 +997,7 @@ def collect(files, path, end):
 
 def real_files(paths):
     """The files that these paths lead to, a set: each counts once, however many links lead to it."""
-    return {Path(os.path.realpath(path)) for path in paths if os.path.isfile(path)}
+    return {Path(path).resolve() for path in paths if os.path.isfile(path)}
 
 
 def own_files():

@@ -441,8 +441,9 @@ def print_training(shape, tied=False):
 
 def main():
     configure(globals())
-    require(min(batch_size, steps, memory_gb, peak_tflops, mfu) > 0, f"--batch_size={batch_size}, --steps={steps}, "
-            f"--memory_gb={memory_gb}, --peak_tflops={peak_tflops}, --mfu={mfu}: each must be above 0")
+    require(min(batch_size, steps, memory_gb, peak_tflops, mfu, peak_tflops * mfu) > 0,
+            f"--batch_size={batch_size}, --steps={steps}, --memory_gb={memory_gb}, --peak_tflops={peak_tflops}, "
+            f"--mfu={mfu}: each must be above 0")
     if len(sys.argv) == 1:
         print("GPT-2 XL with a gated feed-forward network\n")
         print_model((*XL, True))

@@ -60,7 +60,7 @@ def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     probabilities = softmax(logits / temperature, -1)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities   # the sum over all likelier tokens
-        probabilities = probabilities * (before < top_p)
+        probabilities = probabilities * (before < max(top_p, 1e-30))
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 

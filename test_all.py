@@ -428,7 +428,7 @@ SMALL = dict(BLOCK=40)
 
 
 @pytest.mark.parametrize("processes, sizes", [
-    (1, SMALL), (1, dict(SMALL, LONG=0)), (2, dict(SMALL, TOGETHER=3, LONG=5)), (3, dict(SMALL, CACHE=5)), (7, SMALL)])
+    (1, SMALL), (1, dict(SMALL, LONG=0)), (2, dict(SMALL, TOGETHER=3, LONG=5)), (3, dict(SMALL, CACHE=20)), (7, SMALL)])
 def test_a_file_trains_and_encodes_as_the_definition_says_for_any_number_of_processes(monkeypatch, processes, sizes):
     for size in sizes.items():
         monkeypatch.setattr(bpe, *size)

@@ -537,8 +537,8 @@ def summary(log, bytes_per_token):
     loss, lowest, step = last["val_loss"], best["val_loss"], best["step"]
     bit = math.log(2) * bytes_per_token   # one bit per byte, in nats a token
     better = bool(lowest < loss)
-    return (f"{last['tokens']:,.0f} tokens in {timedelta(seconds=int(last['seconds']))}: validation loss {loss:.4f}"
-            f"{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
+    return (f"{last['tokens']:,.0f} tokens in {timedelta(seconds=min(int(last['seconds']), 10 ** 12))}: validation loss "
+            f"{loss:.4f}{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
             f"{loss / bit:.4f} bits per byte{f' (best {lowest / bit:.4f})' * better}")
 
 
@@ -783,7 +783,7 @@ def report(log, left, total):
     validation = f", validation {row['val_loss']:.3f}" if row["val_loss"] else ""
     print(f"step {row['step']:,} of {'about ' * bool(max_minutes)}{total:,.0f}: "
           f"loss {row['train_loss']:.3f}{validation}, lr {row['lr']:.1e}, norm {row['grad_norm']:.2f}, "
-          f"{row['tokens_per_second']:,.0f} tokens/s, {timedelta(seconds=int(left))} left", flush=True)
+          f"{row['tokens_per_second']:,.0f} tokens/s, {timedelta(seconds=min(int(left), 10 ** 12))} left", flush=True)
 
 
 def main():
