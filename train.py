@@ -537,8 +537,9 @@ def summary(log, bytes_per_token):
     loss, lowest, step = last["val_loss"], best["val_loss"], best["step"]
     bit = math.log(2) * bytes_per_token   # one bit per byte, in nats a token
     better = bool(lowest < loss)
-    return (f"{last['tokens']:,.0f} tokens in {timedelta(seconds=min(int(last['seconds']), 10 ** 12))}: validation loss "
-            f"{loss:.4f}{f' (best {lowest:.4f} at step {step:,.0f})' * better}, perplexity {math.exp(min(loss, 700)):.1f}, "
+    return (f"{last['tokens']:,.0f} tokens in {timedelta(seconds=min(int(last['seconds']), 10 ** 12))}: "
+            f"validation loss {loss:.4f}{f' (best {lowest:.4f} at step {step:,.0f})' * better}, "
+            f"perplexity {math.exp(min(loss, 700)):.1f}, "
             f"{loss / bit:.4f} bits per byte{f' (best {lowest / bit:.4f})' * better}")
 
 
