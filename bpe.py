@@ -98,7 +98,8 @@ def plain_words(text, special):
 
 
 # ----------------------------------------------------------------------------------------------- 2. BPE, the definition
-# Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section 3.2; handout, 2.4.
+# Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section 3.2; and section 2.4 of
+# the first assignment of Stanford's CS336.
 
 def merge_pair(tokens, pair):
     """The tokens of a word (list[bytes]) with each occurrence of the pair joined, from left to right.

@@ -7,7 +7,7 @@ what such a model costs.
 
 It prints parameters, bytes, every matrix product of a forward pass with its FLOPs, AdamW's memory, and days of
 training. Units are powers of ten: 1 GB is 1e9 bytes, 1 TFLOP is 1e12 floating-point operations. A multiply-add counts
-as 2 operations.
+as 2 operations. "The handout" is the first assignment of Stanford's CS336.
 """
 import signal
 import sys

@@ -7,13 +7,14 @@ Train a Transformer language model on the tokens that bpe.py wrote: on CPU, CUDA
     $ python train.py --compare=out/a,out/b                      # draw the losses of several runs, train nothing
     $ torchrun --nproc_per_node=8 train.py --max_minutes=90      # on eight GPUs, for 90 minutes
 
-    step 1,000 of 1,000: loss 3.046, validation 3.972, lr 3.0e-05, norm 0.67, 11,497 tokens/s, 0:00:00 left
+    step 1,000 of 1,000: loss 3.237, validation 3.738, lr 3.0e-05, norm 0.68, 2,896 tokens/s, 0:00:00 left
 
 Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into out_dir: ckpt.pt (where the run stands),
 best.pt (the weights with the lowest validation loss so far), log.csv (a row per logged step), curves.svg (the losses
 over steps and over seconds), config.json (the constants) and a copy of the tokenizer. sample.py needs this folder only.
 Checkpoints are written before the first step, at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP, a
 closed pipe or a log.csv that cannot be written ends the training early. Where there is no room, the last one stays.
+"The handout" is the first assignment of Stanford's CS336.
 """
 import os
 import time
