@@ -80,9 +80,9 @@ def special_pattern(specials):
     """
     require(all(len(token) > 1 for token in specials),
             f"special tokens {[*specials]}: one is empty, which matches everywhere, or a single byte, which is a token")
-    # If one token is the beginning of another, the longer one stands first, so it is tried first. The byte 0xFF, which
-    # UTF-8 never has, is there for a text without special tokens.
-    return re.compile(b"(%s)" % b"|".join(map(re.escape, sorted([*specials, b"\xff"], reverse=True))))
+    # If one token is the beginning of another, the longer one stands first, so it is tried first. Without any, the
+    # pattern is the byte 0xFF, which UTF-8 never has.
+    return re.compile(b"(%s)" % (b"|".join(map(re.escape, sorted(specials, reverse=True))) or b"\xff"))
 
 
 def plain_words(text, special):
