@@ -864,7 +864,8 @@ def configure(constants):
     """Override a script's module-level constants from its command line; return them all as a dict.
 
     constants: the script's globals(), changed in place. Its flags are the lines `name = value  # comment` at the top of
-    its source. `--name=value` or `--name value`, or --help. Raises UsageError for a wrong flag.
+    its source; argparse formats the comments, so none may have a % sign. `--name=value` or `--name value`, or --help.
+    Raises UsageError for a wrong flag.
     """
     parser = argparse.ArgumentParser(description=constants["__doc__"], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

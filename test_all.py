@@ -272,7 +272,7 @@ bpe.py stray                                            2  stray
 bpe.py --data=nowhere.txt                               1  no file has this name
 bpe.py --data=.                                         1  no file has this name
 bpe.py --data=*.none                                    1  '*.none'
-bpe.py --data=text.txt --val_data=nowhere.txt           1  nowhere.txt
+bpe.py --data=text.txt --val_data=nowhere.txt           1  No such file or directory: 'nowhere.txt'
 bpe.py --data=/dev/null --val_data=text.txt             1  no file has this name
 bpe.py --data=empty                                     1  is empty
 bpe.py --data=text.txt --tokenizer_dir=nowhere          1  nowhere
