@@ -7,7 +7,7 @@ Byte-level byte-pair encoding (BPE): train a tokenizer on text, encode the text 
 
 writes vocab.json and merges.txt (GPT-2's format), train.bin and val.bin (raw token ids) into data_dir, and reports
 seconds for each phase, peak memory, the longest tokens, bytes per token and MB/s. Without --data the text is the source
-of Python's standard library. The sections of this file:
+of Python's standard library. Text from many files is first joined in data_dir/corpus.txt. The sections of this file:
 
 1. Pre-tokens: a pattern cuts the text into words. Everything else happens inside these words.
 2. BPE, the definition: training and encoding in forty plain lines. You may stop there and know BPE.
@@ -59,7 +59,7 @@ OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt,
 BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 512         # a group of new words goes to Tokenizer.replay if one of them has more bytes than this
-CACHE = 3 << 24    # bytes: a tokenizer that remembers the ids of more words than this forgets all
+CACHE = 3 << 24    # bytes of the words whose ids a tokenizer remembers; with more, it forgets all
 NEVER = 2 ** 63 - 1                                # in Tokenizer.merge_words: greater than any pair and any key
 BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
@@ -284,8 +284,8 @@ def cut_pattern(specials):
     """The compiled pattern of where UTF-8 may be cut without changing a token; it matches the character after the cut.
 
     A text may be cut where no word goes on: before white space that follows anything else; and after an ASCII letter or
-    digit, before an ASCII character of another kind. The pattern never looks back, so the words behind the cut stay as
-    they are. A special token is not cut: in "<|end|>", the second bar would be such a place.
+    digit, before an ASCII character of another kind. PATTERN never looks back, so the words after the cut stay as they
+    are. A special token is not cut: in "<|end|>", the second bar would be such a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
@@ -296,14 +296,14 @@ def cut_pattern(specials):
     place = (rb"[\s!-~](?:(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s])|(?<=\S\s)"
              rb"(?<!\xc2[\x85\xa0]\s)"
              rb"(?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s))")
-    # At a place inside a special token, such as between b"<|end|" and b">", a match is refused.
+    # A match inside a special token is refused. It ends, for example, between b"<|end|" and b">".
     inside = [b"(?!(?<=%s)%s)" % (re.escape(token[:match.end()]), re.escape(token[match.end():]))
               for token in specials for match in re.finditer(place, token)]
     return re.compile(place + b"".join(inside))
 
 
 def pieces(text, cut, size, start, stop):
-    """Cut bytes start..stop of a text into (start, stop) of `size` bytes or a little more, at places that `cut` allows.
+    """Cut bytes start..stop of a text into (start, stop), each to the first place after `size` bytes that `cut` allows.
 
     text: bytes, or a file as an mmap.
 
@@ -390,8 +390,8 @@ def in_parallel(function, tasks, num_processes):
         raise ChildProcessError("a worker process died, perhaps for lack of memory: try --num_processes=1") from None
 
 
-# For the report: the seconds of each phase, the malformed places that were met in each phase, and the time when the
-# script began. Encoding includes the validation text.
+# For the report: the seconds of each phase, the malformed places that were met in each phase, and the time after
+# the imports. Encoding includes the validation text.
 SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 
 
@@ -493,7 +493,7 @@ class Segmentation:
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def merge(self, new, places):
-        """Merge the pairs that begin at `places`, and do not overlap, into the token `new`: one, or one for each place.
+        """Merge the pairs that begin at `places` and do not overlap. new: one token for all, or one for each place.
 
         Returns where new pairs begin: at `places` and at the left neighbours. There are also cells where none begins:
         gaps, and right parts of other pairs that have just been merged.
@@ -615,7 +615,7 @@ class Tokenizer:
     Raises InputError, a ValueError, for a vocabulary and merges that do not fit together.
     """
 
-    cached = np.inf   # bytes of the words in the cache, which encode_words makes when they are too many
+    cached = np.inf   # bytes of the words in the cache; infinite, so that encode_words begins by making one
 
     def __init__(self, vocab, merges, special_tokens=None):
         self.merges, self.numbers = list(merges), made_by(merges)
@@ -628,7 +628,7 @@ class Tokenizer:
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
             require(token.isascii() or {*token} - {*CHARACTERS},
-                    f"the special token {token!r} reads like an ordinary one in vocab.json: choose another, or "
+                    f"the special token {token!r} reads like an ordinary one in vocab.json: write it in ASCII, or "
                     "look whether its merges.txt is cut short")
         self.vocab = {token_id: token for token, token_id in ids.items()}
 
@@ -713,7 +713,7 @@ class Tokenizer:
         A loop in plain Python would take 7 microseconds a word, and a millisecond for one of 130 letters.
         """
         key = np.full(len(corpus.first), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
-        gaps = np.flatnonzero(corpus.last < 0)     # the gap before each word that is not done, at first also the last
+        gaps = np.flatnonzero(corpus.last < 0)     # the gap before each word not done; at first the last gap, too
         changed = corpus.begins()
         while len(gaps):
             pairs = corpus.pairs(changed)
@@ -749,7 +749,7 @@ class Tokenizer:
         """
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
-        new = sorted({*words}.difference(self.cache), key=len)   # so that few wait for a longer one
+        new = sorted({*words}.difference(self.cache), key=len)   # words of like length share a group
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group, self.lengths)
@@ -782,14 +782,15 @@ class Tokenizer:
 
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
-        # text: what is not encoded yet. When it is longer than `enough`, its first half is, if there is a place to cut.
+        # text: what is not encoded yet. Beyond `enough` bytes, its first half is encoded, if there is a place to cut.
         text, enough = bytearray(), 32768
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
                 place = self.cut.search(text, len(text) // 2)
                 stop = place.start() if place else len(text)
-                # Near the end, a special token that ends in the next item may lie across `stop`.
+                # A special token that ends in the next item may lie across a `stop` near the end. None is longer than
+                # the pattern.
                 if stop < len(text) - len(self.special.pattern):
                     yield from self.encode(text[:stop].decode())
                     del text[:stop]
@@ -935,7 +936,8 @@ def replacing(*paths):
             os.replace(*pair)
     except OSError as error:
         # a full disk does not say which file it could not take
-        error.filename = error.filename or error.errno and " or ".join(map(str, paths))
+        if error.errno and not error.filename:
+            error.filename = " or ".join(map(str, paths))
         raise
     finally:
         for temporary in temporaries:
@@ -998,7 +1000,7 @@ def collect(files, path, end):
 
 
 def real_files(paths):
-    """The files that these paths lead to, a set: each counts once, however many links lead to it."""
+    """The files that these paths lead to, a set: each counts once, however many symbolic links lead to it."""
     return {Path(path).resolve() for path in paths if os.path.isfile(path)}
 
 
@@ -1056,8 +1058,8 @@ def check_flags():
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data:
         mapped(val_data)   # raises an error if it is not a file with text in it
-    require(os.path.isfile(data) or os.path.exists(f"{data_dir}/.lock") or not os.path.exists(f"{data_dir}/corpus.txt"),
-            f"{data_dir}/corpus.txt is not from this program, and this run would replace it: choose another --data_dir")
+    require(os.path.exists(f"{data_dir}/.lock") or not os.path.exists(f"{data_dir}/corpus.txt"),
+            f"{data_dir}/corpus.txt is not from this program, which replaces such a file: choose another --data_dir")
     require(not real_files([data, val_data]) & own_files(),
             f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
     return Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)

@@ -114,7 +114,7 @@ class SwiGLU(nn.Module):
 
 class RotaryPositionalEmbedding(nn.Module):
     """Turn each pair (a, b) = (x[2i], x[2i+1]) by the angle position * theta^(-2i / d_k), to
-    (a cos - b sin, b cos + a sin). The score q . k then depends on the distance of the two positions alone.
+    (a cos - b sin, b cos + a sin). Of the two positions, only their distance then counts in the score q . k.
 
     x (..., T, d_k) and token_positions (..., T) -> (..., T, d_k); Su et al. 2021, eq. 15 and 34.
     Raises ValueError for an odd d_k.
@@ -123,7 +123,7 @@ class RotaryPositionalEmbedding(nn.Module):
     def __init__(self, theta, d_k, max_seq_len):
         super().__init__()
         require(d_k % 2 == 0, f"RoPE turns pairs, so d_model / num_heads must be even, but it is {d_k}")
-        # float64, because a float32 angle at position 16,384 would be off by a thousandth
+        # float64, because a float32 angle at position 16,384 would be off by 0.001 radians
         frequencies = theta ** -(torch.arange(0, d_k, 2).double() / d_k)     # (d_k / 2)
         angles = torch.outer(torch.arange(max_seq_len), frequencies)         # (max_seq_len, d_k / 2)
         self.register_buffer("cos_and_sin", torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
@@ -155,7 +155,7 @@ def scaled_dot_product_attention(q, k, v, mask=None):
     """
     scores = q @ k.mT / q.size(-1) ** 0.5   # (..., T_q, T_k)
     if mask is not None:
-        # The same as scores.masked_fill(~mask, -inf), but the sum compiles into faster loops:
+        # The same as scores.masked_fill(~mask, -inf) of finite scores, but the sum compiles into faster loops:
         # attention takes a fifth less time on a CPU.
         scores = scores + torch.where(mask, 0.0, float("-inf"))
     return softmax(scores, -1).to(v.dtype) @ v
@@ -167,7 +167,7 @@ def causal_attention(q, k, v):
     The queries stand at the last T_q of the T_k positions.
     """
     T_q, T_k = q.size(-2), k.size(-2)
-    # the lower triangle; a single query sees every key
+    # the last T_q rows of a lower triangle; a single query sees every key
     mask = q.new_ones(T_q, T_k, dtype=torch.bool).tril(T_k - T_q) if T_q > 1 else None
     return scaled_dot_product_attention(q, k, v, mask)
 
@@ -175,8 +175,8 @@ def causal_attention(q, k, v):
 def causal_attention_in_blocks(q, k, v):
     """causal_attention(q, k, v) for q, k, v of one length, (..., T, d_k), in less time.
 
-    Each of four blocks of queries meets only the keys up to its own end. That is 5/8 of the scores, in pieces small
-    enough for a CPU's cache: under half the time at T = 256.
+    Each of four blocks of queries meets only the keys up to its own end. That is some 5/8 of the scores, in pieces
+    small enough for a CPU's cache: under half the time at T = 256.
     """
     queries, keys, values = (x.chunk(4, -2) for x in (q, k, v))
     # Blocks are joined, because the gradient of slices k[..., :end, :] would compile into slower loops.
@@ -225,7 +225,7 @@ class MultiHeadSelfAttention(nn.Module):
             if token_positions is None:
                 token_positions = torch.arange(x.size(-2), device=x.device) + (cache.length if cache else 0)
             q, k = self.rope(torch.stack((q, k)), token_positions[..., None, :])   # the same for every head
-        # With a cache there are more keys than queries, and blocks would not fit together.
+        # With a cache there may be more keys than queries, and blocks would not fit together.
         heads = causal_attention(q, *cache.append(k, v)) if cache else causal_attention_in_blocks(q, k, v)
         return self.output_proj(heads.transpose(-3, -2).flatten(-2))   # (..., H, T, d_k) -> (..., T, D)
 
@@ -257,7 +257,7 @@ def cross_entropy(logits, targets):
     logits (..., V), targets (...) -> scalar.
     """
     logits = logits.float()
-    # The same as logits.gather(-1, targets[..., None]), but this comparison fuses with the sums,
+    # The same as logits.gather(-1, targets[..., None]) for targets below V, but this comparison fuses with the sums,
     # while the gradient of gather takes a tenth of a training step.
     is_target = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]   # (..., V)
     target_logits = torch.where(is_target, logits, 0).sum(-1)                               # (...)
@@ -268,7 +268,7 @@ def full_shape(V, T, N, D, H, F, gated):
     """The shape (V, T, N, D, H, F, gated) of a model, where T is its context_length, and F = 0 becomes the usual width.
 
     The usual width of a feed-forward network is 4 D without a gate. With one, it is the multiple of 64 nearest to
-    8/3 D, so that three matrices hold as much as two.
+    8/3 D, so that its three matrices hold as much as the two without a gate.
     Raises UsageError, which is a ValueError, for a shape that no model can have.
     """
     F = F or (max(1, round(8 / 3 * D / 64)) * 64 if gated else 4 * D)
@@ -340,7 +340,7 @@ class TransformerLM(nn.Module):
 # Handout, sections 3.6 (FLOPs) and 4.3 (AdamW), for a shape (V, T, N, D, H, F, gated): see full_shape.
 
 GPT2 = [("small", 1024, 12, 768, 12), ("medium", 1024, 24, 1024, 16), ("large", 1024, 36, 1280, 20),
-        ("XL", 1024, 48, 1600, 25), ("XL", 16384, 48, 1600, 25)]   # name, T, N, D, H
+        ("XL", 1024, 48, 1600, 25), ("XL", 16384, 48, 1600, 25)]   # name, T, N, D, H; the last two differ in T alone
 XL = 50257, 1024, 48, 1600, 25, 6400   # V, T, N, D, H, F = 4 D
 
 
@@ -367,7 +367,7 @@ def matrix_products(V, T, N, D, H, F, gated):
 
 def forward_flops(*shape):
     """The FLOPs of a forward pass over one full context by part, a Counter: a product (m, k) x (k, n) has m n sums,
-    each of k multiplications and k additions. All the rest is under 1 % in GPT-2.
+    each of k multiplications and k additions. All the rest is under 1 % in GPT-2 with its context of 1,024.
 
     Attention counts in full, T x T, as is usual for MFU, though causal_attention_in_blocks leaves some of it out.
     """
@@ -397,7 +397,7 @@ def print_model(shape, tied=False):
 
 
 def print_family():
-    """Print how parameters, FLOPs and their shares change with size, context, gate and tied embeddings, for GPT-2."""
+    """Print how parameters, FLOPs and the parts' shares of these change with size, context and gate, for GPT-2."""
     print("                             parameters                        projec-  attention             LM\n"
           "GPT-2 with d_ff = 4 d_model      untied           tied  TFLOPs   tions       core    FFN    head")
     total = 0
@@ -448,7 +448,7 @@ def main():
         print("GPT-2 XL with a gated feed-forward network\n")
         print_model((*XL, True))
         print_family()
-        return print_training((*XL, False))
+        return print_training((*XL, False))   # section 4.3 leaves out the gate
     shape = full_shape(vocab_size, context_length, num_layers, d_model, num_heads, d_ff, swiglu)
     print_model(shape, tie_embeddings)
     print_training(shape, tie_embeddings)

@@ -7,7 +7,7 @@ Generate text with a model that train.py has trained, measure how well it predic
     $ python sample.py --score=@story.txt                # no generation: bits per token and byte, perplexity
     $ python sample.py --export=llama                    # a folder that Hugging Face's tools open as a Llama
 
-Needs a run folder of train.py and nothing else. Uses the weights with the lowest validation loss (best.pt), or the
+Needs a run folder of train.py and nothing else. Uses the weights with the lowest validation loss (best.pt), else the
 last ones (ckpt.pt). Text goes to standard output, notes to standard error. The same seed gives the same text on the
 same machine.
 """
@@ -55,35 +55,36 @@ def candidates(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature < 1e-30:   # 0, or so small that float32 cannot divide by it
         temperature, top_k = 1.0, 1
-    vocab_size = logits.size(-1)
-    logits, ids = logits.topk(min(top_k or vocab_size, vocab_size))   # in falling order
+    logits, ids = logits.topk(min(top_k or math.inf, logits.size(-1)))   # in falling order
     probabilities = softmax(logits / temperature, -1)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities   # the sum over all likelier tokens
-        probabilities = probabilities * (before < max(top_p, 1e-30))
+        probabilities = probabilities * (before < max(top_p, 1e-30))   # float32 would round less than that to 0
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
 # ----------------------------------------------------------------------------------------------------------- generating
 
 class StreamedLinear(nn.Module):
-    """x @ weight.T for a few vectors x, when reading the weights takes most of the time;
+    """x @ weight.T, made for the newest token of each sample, when reading the weights takes most of the time;
     x (B, T, in_features) -> (B, T, out_features).
 
-    torch computes the product of a matrix and one vector on one core, at a third of the memory's speed. Here the
-    matrix is stored transposed and cut into blocks of inputs, and the products of the blocks are added up. So all cores
-    read, each of them long rows: a token takes a tenth less time than with blocks of outputs.
+    torch computes the product of a matrix and one vector on one core, at a third of the memory's bandwidth. Here the
+    matrix is stored transposed and cut along its inputs, and the products of the blocks are added up. So all cores
+    read, and each reads long rows. (A cut along the outputs takes a tenth more time a token.)
     """
 
     def __init__(self, weight):
         super().__init__()
         blocks = math.gcd(weight.size(1), 2 * torch.get_num_threads())   # equal blocks, at most two a core
         # (blocks, in_features / blocks, out_features)
-        self.weight = weight.detach().T.contiguous().unflatten(0, (blocks, -1))
+        self.weight = weight.T.contiguous().unflatten(0, (blocks, -1))
 
     def forward(self, x):
-        pieces = x.reshape(-1, *self.weight.shape[:2]).transpose(0, 1)   # (blocks, vectors, in_features / blocks)
-        return torch.bmm(pieces, self.weight).sum(0).view(*x.shape[:-1], -1)
+        if x.size(1) > 1:   # a prompt has vectors enough for all cores, and would need too much memory in blocks
+            return x @ self.weight.flatten(0, 1)
+        pieces = x.reshape(-1, *self.weight.shape[:2]).transpose(0, 1)   # (blocks, B, in_features / blocks)
+        return torch.bmm(pieces, self.weight).sum(0)[:, None]
 
 
 def streamed(module):
@@ -93,8 +94,8 @@ def streamed(module):
     if isinstance(module, Linear):
         return StreamedLinear(module.weight)
     twin = copy.copy(module)
-    # nn.Module keeps its submodules in this dict; one that is left out, such as SwiGLU's w3, is None there.
-    twin._modules = {name: child and streamed(child) for name, child in module._modules.items()}
+    # nn.Module keeps its submodules in this dict
+    twin._modules = {name: streamed(child) for name, child in module._modules.items()}
     return twin
 
 
@@ -103,11 +104,11 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
     """Yield the ids that continue prompt_ids, one at a time:
     an int, or a list of num_samples ints where that is more than 1.
 
-    Ends after max_new_tokens, or before that at end_id, which is not yielded. Of several samples, one that has ended
-    is filled up with end_id until all have ended. For temperature, top_k and top_p see candidates. An empty prompt
-    starts from end_id; a prompt longer than the context is cut to its end. When the context is full, the older half is
-    dropped and the rest read again: the cached keys and values depend on the dropped tokens, so they cannot stay, and
-    dropping one token at a time would read all again for each token.
+    Ends after max_new_tokens, or when every sample has reached end_id, and does not yield that last step. A sample
+    that ends before the others yields end_id from there on. For temperature, top_k and top_p see candidates. An empty
+    prompt starts from end_id; a prompt longer than the context is cut to its end. When the context is full, the older
+    half is dropped and the rest read again: the cached keys and values depend on the dropped tokens, so they cannot
+    stay, and dropping one token at a time would read all again for each token.
     Random choices come from torch's global generator.
     Raises ValueError, when the first id is asked for, if a value is out of range. Handout, section 6.
     """
@@ -117,7 +118,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
             f"temperature is {temperature}, but must be 0 (always the likeliest token) or more, and finite")
     require(top_k >= 0, f"top_k is {top_k}, but must be 0 (all tokens) or more")
     require(0 < top_p <= 1, f"top_p is {top_p}, but must be above 0 and at most 1 (all tokens)")
-    window = [*prompt_ids][-model.context_length:] or [end_id]   # what the model sees
+    window = [*prompt_ids][-model.context_length:] or [end_id]   # what the model sees; end_id may be None
     require(window != [None], "an empty prompt starts a new document, but there is no special token to start it from: "
                               "give a prompt")
     weight = model.token_embeddings.weight   # (V, D)
@@ -128,7 +129,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
         model = streamed(model)
     window = torch.tensor(window, device=weight.device).expand(num_samples, -1)   # (num_samples, T)
     new, cache = window, model.new_cache()
-    ended = torch.zeros(num_samples, dtype=torch.bool, device=weight.device)
+    ended = weight.new_zeros(num_samples, dtype=torch.bool)
     for _ in range(max_new_tokens):
         probabilities, ids = candidates(model(new, cache)[:, -1], temperature, top_k, top_p)
         new = ids.gather(-1, torch.multinomial(probabilities, 1))         # (num_samples, 1)
@@ -150,7 +151,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, top_k=0, top_p=
 def surprise(model, ids):
     """Yield -log p(token | those before it), in nats, for ids[1:], some of them at a time (list); ids: two or more.
 
-    Each token sees what it would see in generate: the window moves on by half a context.
+    Each token sees what it would see if generate had begun at ids[0]: the window moves on by half a context.
     """
     context, half = model.context_length, (model.context_length + 1) // 2
     for start in range(0, max(1, len(ids) - 1 - context + half), half):
@@ -164,7 +165,7 @@ def score_text(model, tokenizer, text, end_id):
     """How well the model predicts a text, as one line. Bits per byte compare models whatever their tokenizers."""
     # the first token of a document follows the end of another
     ids = ([] if end_id is None else [end_id]) + tokenizer.encode(text)
-    require(len(ids) > 1, "--score: the text is too short, no token in it follows another")
+    require(len(ids) > 1, "--score: the text is too short: no token in it follows another")
     size, losses = sum(len(tokenizer.vocab[number]) for number in ids[1:]), []
     for more in surprise(model, ids):
         losses += more
@@ -192,7 +193,7 @@ def llama_weights(model, num_heads):
     header, arrays, end = {"__metadata__": {"format": "pt"}}, [], 0
     for name, weight in model.named_parameters():   # tied embeddings come once, as token_embeddings
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # Our RoPE turns the pairs (2k, 2k + 1), Llama's the pairs (k, k + d_k / 2): of each head's d_k rows,
+            # Our RoPE turns the pairs (2i, 2i + 1), Llama's the pairs (i, i + d_k / 2): of each head's d_k rows,
             # the even ones go first, then the odd ones. The scores q . k stay the same.
             weight = weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         for ours, theirs in LLAMA.items():
@@ -244,7 +245,7 @@ def export_run(model, tokenizer, config, folder):
 def read_text(given):
     """The text that a flag names: standard input for "-", a file's for "@file", else the flag's own.
 
-    What is not UTF-8 becomes U+FFFD.
+    In the first two, what is not UTF-8 becomes U+FFFD.
     """
     if given == "-":
         return sys.stdin.buffer.read().decode(errors="replace")

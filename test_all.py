@@ -211,7 +211,7 @@ def tokens_in(content, vocab_size):
     (lambda: tokenizer().decode([999]), "none with id 999"),
     (lambda: tokenizer(specials=[""]), "empty"),
     (lambda: train_bpe(__file__, 256, [END]), "choose 257 or more, for 256 bytes and 1 special tokens"),
-    (lambda: tokenizer([(b" ", b"t")], ["\u0120t"], [b" t"]).save("."), "choose another"),
+    (lambda: tokenizer([(b" ", b"t")], ["\u0120t"], [b" t"]).save("."), "write it in ASCII"),
     (lambda: small_model(num_heads=5), "d_model=32 cannot be split into num_heads=5"),
     (lambda: small_model(num_heads=32), "must be even"),
     (lambda: tokens_in(b"\0" * 42, 70_000), "t.bin .*42 bytes"),
@@ -277,7 +277,7 @@ bpe.py --data=/dev/null --val_data=text.txt             1  no file has this name
 bpe.py --data=empty                                     1  is empty
 bpe.py --data=text.txt --tokenizer_dir=nowhere          1  nowhere
 bpe.py --data=text.txt --data_dir=/proc                 1  /proc
-bpe.py --data=*.txt --data_dir=mine                     2  mine/corpus.txt is not from this program
+bpe.py --data=text.txt --data_dir=mine                  2  mine/corpus.txt is not from this program
 bpe.py --data=data/train.bin                            2  would replace
 bpe.py --data=link                                      2  would replace
 bpe.py --data=text.txt --special_tokens=|               2  '|'
@@ -1345,8 +1345,8 @@ def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next
 @pytest.mark.parametrize("end, told", [
     ("worker", "1 bpe.py: a worker process died.*\n"), ("parent", "130 bpe.py: interrupted\n"),
     ("group", "130 bpe.py: interrupted\n")])
-def test_a_killed_worker_and_ctrl_c_end_the_command_with_one_line_and_without_orphans(large, end, told):
-    process = start(large, start_new_session=True)
+def test_a_killed_worker_and_ctrl_c_end_the_command_with_one_line_and_without_orphans(made, large, end, told):
+    process = start(f"{large} --tokenizer_dir={made}/data", start_new_session=True)
     wait_until(lambda: len(members(process.pid)) == 3)
     if end == "worker":
         os.kill((members(process.pid) - {process.pid}).pop(), signal.SIGKILL)

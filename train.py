@@ -13,15 +13,15 @@ Needs data_dir with vocab.json, merges.txt, train.bin and val.bin. Writes into o
 best.pt (the weights with the lowest validation loss so far), log.csv (a row per logged step), curves.svg (the losses
 over steps and over seconds), config.json (the constants) and a copy of the tokenizer. sample.py needs this folder only.
 Checkpoints are written before the first step, at every evaluation, at the end, and when Ctrl-C, SIGTERM, SIGHUP, a
-closed pipe or a log.csv that cannot be written ends the training early. Where there is no room, the last one stays.
+closed pipe or a log.csv that cannot be written ends the training early. On a full disk, the older one stays.
 "The handout" is the first assignment of Stanford's CS336.
 """
 import os
 import time
 STARTED = time.perf_counter()  # before torch is imported: those seconds count towards --max_minutes
 # The threads of GNU's OpenMP, which torch uses on Linux, spin while they wait for each other, and so take the cores
-# from a second run: two runs on two cores then train, together, half as many tokens as one run alone. With threads that
-# sleep after 10,000 turns of their loop it is 83 %. (After 1,000 turns 100 %, but a run alone is 10 % slower.)
+# from a second run: two runs on two cores then train, together, 50 % of the tokens of one run alone. With threads that
+# sleep after 10,000 turns of their loop they train 83 %. (After 1,000 turns 100 %, but one run alone is 10 % slower.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # If one of several processes fails, each of the others would print 16 lines about the lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -54,7 +54,7 @@ from model import TransformerLM
 
 # files
 data_dir = "data"       # folder that bpe.py wrote
-out_dir = "out"         # run folder; one that holds a run is first moved to out.1, or the next free number
+out_dir = "out"         # run folder; a run that it holds is first moved to out.1, or the next free number
 resume = False          # continue the run in out_dir with its own constants, or start one where there is none
 init_from = ""          # run folder to take the weights and the shape from; the data must have its tokenizer
 compare = ""            # run folders or patterns, separated by commas: draw out_dir/compare.svg, and train nothing
@@ -88,7 +88,7 @@ grad_clip = 1.0         # largest norm of the whole gradient; 0: never clip
 batch_size = 8          # sequences per optimiser step, over all processes
 grad_accum = 1          # parts that each process cuts its share of the batch into: the same step in less memory
 steps = 1000            # optimiser steps; the learning rate reaches min_lr at the last
-max_minutes = 0.0       # above 0: train for this many minutes, start-up and evaluations included, and ignore `steps`
+max_minutes = 0.0       # above 0: minutes of the whole run, start-up, evaluations and resumptions included; no `steps`
 eval_interval = 250     # steps between evaluations; each ends with a checkpoint
 eval_batches = 16       # batches of batch_size sequences per evaluation: always the same, spread evenly over val.bin
 log_interval = 20       # steps between rows of log.csv; their losses are means over the steps since the row before
@@ -192,8 +192,8 @@ def gradient_clipping(parameters, max_l2_norm, eps=1e-6):
 class Rule(torch.optim.Optimizer):
     """What SGD, AdamW and Muon share: a step calls update(p, g, state, ...) for every parameter p with a gradient g.
 
-    `state` (dict) is what the rule remembers of p. The other arguments are the options of p's group, such as lr, and t,
-    the number of the step, from 1. Each rule names those that it uses; the others end in `more`.
+    `state` (dict) is what the rule remembers of p. The other arguments are t, the number of the step, from 1, and the
+    options of p's group, such as lr. Each rule names those that it uses; `more` takes the rest.
     """
 
     @torch.no_grad()
@@ -226,8 +226,8 @@ class AdamW(Rule):
     Raises ValueError for values out of range.
     """
 
-    # True: update calls torch's one kernel, which reads and writes every number once. False, as in a test: the four
-    # lines at its end. At the handout's shape, on two cores, the kernel takes 10 ms of a step of 700, and the lines 66.
+    # True: update calls one kernel of torch, which reads and writes every number once. False, as in a test: the four
+    # lines at update's end. At the handout's shape, on two cores, the kernel takes 10 ms of 700 a step, the lines 66.
     fused = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
@@ -259,11 +259,11 @@ class AdamW(Rule):
 # Muon moves a matrix along its momentum M = U S V^T with every singular value set to 1, that is, along U V^T. Every
 # direction on which the gradients agree then gets a step of the same length, where otherwise a few large ones drown the
 # rest (Jordan et al. 2024). A singular value decomposition would be slow. Instead, polynomials a s + b s^3 + c s^5 of
-# the whole matrix, which take nothing but products, drive every singular value s towards 1. Below are the (a, b, c) of
+# the whole matrix, which take nothing but products, drive every singular value s towards 1. Below is the (a, b, c) of
 # each. The first polynomial is fitted to 1 on [0.004, 1]. It takes these s to an interval around 1 whose ends differ by
 # a factor of 62 instead of 250. The next one is fitted on that interval, and so on; each interval is widened by 5 %
-# against rounding (Amsel et al. 2025, "The Polar Express"). These four do what five equal ones did (Jordan et al.
-# 2024), in four fifths of the time.
+# against rounding (Amsel et al. 2025, "The Polar Express"). These four do what one polynomial did in five rounds
+# (Jordan et al. 2024), in four fifths of the time.
 NEWTON_SCHULZ = ((7.9513, -21.2749, 14.2974), (3.8279, -2.5946, 0.4476),
                  (3.3334, -2.2903, 0.4215), (2.4554, -1.7019, 0.3763))
 
@@ -429,7 +429,7 @@ def agreed(number):
 
 
 def shard_model(model, kind):
-    """Spread the parameters of each block over the processes, on devices of this kind ("cpu", "cuda"):
+    """Spread the parameters over the processes, block by block, on devices of this kind ("cpu", "cuda"):
     a block is whole only while it computes (Zhao et al. 2023, FSDP).
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -546,7 +546,7 @@ def summary(log, bytes_per_token):
 
 def compare_runs():
     """Draw the runs that --compare names into out_dir/compare.svg, and print what each has reached, after the constants
-    in which it differs from another (but those that a resumed run may change).
+    in which it differs from another, except those that a resumed run may change.
     """
     logs, configs = {}, {}
     for pattern in compare.split(","):
@@ -567,7 +567,7 @@ def compare_runs():
 
 def adopt(known, names, source, free=MAY_CHANGE):
     """Take over these constants of a run. A flag of the command line may repeat one, and may change those in `free`.
-    Raises UsageError for a flag that contradicts another.
+    Raises UsageError for a flag that contradicts the run.
     """
     sys.argv[1:1] = [f"--{name}={known[name]}" for name in names]
     config = configure(globals())   # of a flag given twice the last one counts
@@ -589,7 +589,7 @@ def adopt_runs(config):
         saved = read_checkpoint(f"{out_dir}/ckpt.pt", "config", "optimizer", "iteration", "data", "log", "seconds",
                                 "warmup")
         known = saved["config"]
-        with suppress(OSError, TypeError, ValueError):   # without a config.json, the checkpoint's config counts
+        with suppress(OSError, TypeError, ValueError):   # or the config in the checkpoint, if there is no config.json
             known |= json.loads(Path(out_dir, "config.json").read_bytes())
         # not out_dir: the folder may have another name by now
         config = adopt(known, known.keys() & config.keys() - {"out_dir"}, f"--resume=True: {out_dir}")
@@ -642,7 +642,7 @@ def choose_precision(chip):
     if dtype:
         return getattr(torch, dtype)
     if chip.type == "cpu":
-        # Of two CPUs with instructions for bfloat16, one needs half the time of float32 for a product, the other twice.
+        # Both are timed: in bfloat16, one CPU took half the time of float32 for a product, and another one twice.
         return min(torch.bfloat16, torch.float32, key=lambda precision: agreed(min(timeit.repeat(
             "x @ x", f"import torch; x = torch.ones(512, 512, dtype={precision})", number=1))))
     # False without CUDA, as on MPS
@@ -720,7 +720,7 @@ def compile_model(model, inputs, targets):
     """
     print("compiling, up to a minute the first time (--compile=False goes without) ... ", end="", flush=True)
     begin = time.perf_counter()
-    # Ctrl-C ends the script at once: the compiler may swallow Python's KeyboardInterrupt
+    # until catch_signals, Ctrl-C ends the script at once: the compiler may swallow Python's KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         model.compile_parts()
@@ -752,8 +752,7 @@ def shorter_warmup(total):
 
 def catch_signals():
     """A list that receives a SystemExit at a Ctrl-C, SIGTERM or SIGHUP, for the loop to stop after its step.
-    The same signal once more ends the process at once, even while it waits for another process. (A first signal is
-    noted only after such a wait.)
+    A process that waits for another one notes it only after the wait. The same signal once more ends it at once.
     """
     caught = []
 
@@ -830,9 +829,9 @@ def main():
             return earlier + time.perf_counter() - STARTED
 
         def horizon_at(seconds):
-            """The last step. With --max_minutes it is an estimate: `step` steps took `seconds`, start-up included, so
-            the `budget` of seconds is enough for step * budget / seconds. So the rate falls with the clock; it is
-            the same in all processes.
+            """The last step. With --max_minutes, an estimate that is the same in all processes: `step` steps took
+            `seconds`, start-up included, so `budget` (set below) is enough for step * budget / seconds. Before the
+            first step it is infinite. So the learning rate falls with the clock.
             """
             return max(step, (step or math.inf) * budget / agreed(seconds)) if max_minutes else steps
 
@@ -853,8 +852,8 @@ def main():
         begin = clock()
         evaluate(model, val_tokens, parts, chip)
         save()
-        # Keep time for two of each: an evaluation may be due just before the time is up, and the last one follows it.
-        # Python takes a second to end.
+        # Keep time for two of each, and a quarter more: an evaluation may be due just before the time is up, and the
+        # last one follows it. Python takes a second to end.
         budget = 60 * max_minutes - agreed(2.5 * (clock() - begin) + 1.5)
         if not max_minutes:
             warmup = shorter_warmup(steps)
@@ -875,13 +874,13 @@ def main():
                 loss = model.loss(inputs, targets) / grad_accum
                 loss.backward()
                 sums[0] += loss.detach()
-            if not shard:   # sharded gradients are averaged on their way back
+            if not shard:   # FSDP averages sharded gradients itself, in backward
                 average([p.grad for p in model.parameters()])
             sums[1] += whole(gradient_clipping(model.parameters(), grad_clip or math.inf))
             rule.step()
             rule.zero_grad()
 
-            horizon = horizon_at(2 * clock() - begin)   # when another step as long as this one would end
+            horizon = horizon_at(2 * clock() - begin)   # now, and the time of this step once more
             stop = agreed(len(caught))   # above 0 if any process has caught a signal or an error
             evaluating = step >= horizon or step % eval_interval == 0
             estimating = max_minutes and step == 5
@@ -897,7 +896,7 @@ def main():
             pace = (seconds - row_end) / row_steps   # seconds a step
             left = max(0, budget - seconds) if max_minutes else pace * (steps - step)
             total = step + left / pace
-            if estimating:   # the pace without start-up and compilation tells how many steps it will be
+            if estimating:   # the first step has a row of its own, so this pace is without start-up: it tells `total`
                 warmup = shorter_warmup(agreed(total))
             val_loss = evaluate(model, val_tokens, parts, chip) if evaluating else None
             log.append(dict(step=step, tokens=step * batch_size * context_length, seconds=seconds, lr=rate,
