@@ -534,7 +534,7 @@ def learn_merges(counts, num_merges):
 
     Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. A pair is merged only
     if it has at least `floor`, so none of these can be more frequent. When the heap is empty, as at the start, all
-    pairs are counted, and the floor becomes an eighth of the highest count, at least 1. If the heap stays empty, no
+    pairs are counted, and the floor becomes a sixteenth of the highest count, at least 1. If the heap stays empty, no
     pair is left. This makes 10,000 merges 1.7 times as fast.
 
     counts is emptied as soon as the arrays have it all, for the memory.
@@ -549,7 +549,7 @@ def learn_merges(counts, num_merges):
     def note(places):
         nonlocal floor
         for pair, occurs, group in corpus.group_by_pair(places, weight):
-            floor = floor or max(1, occurs // 8)
+            floor = floor or max(1, occurs // 16)
             if occurs < floor:
                 break
             heappush(heap, (-occurs, Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF])), pair, group))
