@@ -56,7 +56,7 @@ tokenizer_dir = ""                 # encode with this folder's tokenizer and spe
 num_processes = 0                  # worker processes; 0: one for each core
 
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt, unless --data names a file
-BLOCK = 1 << 21    # bytes of text in one pass of the array code, and in one task of a worker process
+BLOCK = 1 << 21    # bytes of text, at least, in one pass of the array code, and in one task of a worker process
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 512         # a group of new words goes to Tokenizer.replay if one of them has more bytes than this
 CACHE = 3 << 24    # bytes of the words whose ids a tokenizer remembers; with more, it forgets all
@@ -140,7 +140,7 @@ def plain_train(counts, num_merges):
 
 
 def plain_encode(word, merges):
-    """The tokens of a word (bytes), list[bytes]. Of its pairs, merge the one learnt first, until no merge knows any.
+    """The tokens of a word (bytes), list[bytes]. Of its pairs, merge the one learnt first, until none was learnt.
 
     >>> plain_encode(b"lowest", [(b"s", b"t"), (b"e", b"st"), (b"o", b"w")])
     [b'l', b'ow', b'est']
@@ -181,7 +181,7 @@ def kind_of_byte(byte):
 
 
 def changes(values):
-    """Whether each value of an array differs from the one before it; the first one does.
+    """Whether each value of an array differs from the one before it; True for the first.
 
     >>> changes(np.array([5, 5, 7])).tolist()
     [True, False, True]
@@ -257,14 +257,14 @@ def distinct_words(text, special):
     low, high = at_each_byte[places].view("2<i8").T
     low |= -1 << 8 * lengths
     high |= -1 << 8 * np.maximum(lengths - 8, 0)
-    # A word of 16 bytes or more gets its place as `low`, so it equals no other long word. It equals no short word,
+    # A word of 16 bytes or more gets its place as `low`, so it equals no other of them. It equals no shorter word,
     # either: these have 0xFF as their last byte.
     np.copyto(low, places, where=lengths > 15)
-    # Sort so that equal words become neighbours. The upper half of each number is that of a hash, the lower half is the
-    # word's index: so np.sort does the work of np.argsort in a third of the time.
+    # Sort so that equal words become neighbours. Each number is half of a hash, then the index of the word: so np.sort
+    # does the work of np.argsort in a third of the time.
     hashes = low * 0x1E3779B97F4A7C15 ^ high * 0x42B2AE3D27D4EB4F
     order = np.sort(hashes >> 32 << 32 | np.arange(len(places))) & 0xFFFFFFFF
-    # Neighbours are compared exactly. If two words share a hash, they may alternate: then a word is listed more than
+    # Neighbours are compared exactly. Words with the same half of a hash may alternate: then a word is listed more than
     # once, but never wrongly.
     first = changes(low[order]) | changes(high[order])
     index = np.empty_like(order)
@@ -284,8 +284,9 @@ def cut_pattern(specials):
     """The compiled pattern of where UTF-8 may be cut without changing a token; it matches the character after the cut.
 
     A text may be cut where no word goes on: before white space that follows anything else; and after an ASCII letter or
-    digit, before an ASCII character of another kind. PATTERN never looks back, so the words after the cut stay as they
-    are. A special token is not cut: in "<|end|>", the second bar would be such a place.
+    digit, before a visible ASCII character of another kind. PATTERN never looks back, and ahead only from white space,
+    so the words on both sides stay as they are. A special token is not cut: in "<|end|>", the second bar would be such
+    a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
@@ -422,7 +423,7 @@ def in_blocks(phase, function, path, cut, start, stop, num_processes):
     stop None: to the end.
     """
     with mapped(path) as text:
-        blocks = [*pieces(text, cut, BLOCK, start, stop or len(text))]
+        blocks = [*pieces(text, cut, BLOCK, start, len(text) if stop is None else stop)]
     results = in_parallel(partial(on_block, function, path), blocks, num_processes)
     for done, (result, malformed) in enumerate(results, 1):
         yield result
@@ -450,8 +451,8 @@ class Segmentation:
     """
 
     def __init__(self, words, lengths):
-        """words: bytes objects, UTF-8. lengths: the number of bytes of each token, and at the end 1: lengths[-1] leads
-        from a gap to the next cell.
+        """words: bytes objects, UTF-8. lengths: the number of bytes of each token, and at the end 1, for a gap,
+        whose token is -1.
         """
         cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)   # UTF-8 never has the byte 0xFF
         self.first = np.where(cells < 0xFF, cells, np.int32(-1))
@@ -469,7 +470,7 @@ class Segmentation:
         """
         left = self.first[places].astype(np.int64)
         right = self.first[places + self.lengths[left]]
-        return left << 32 | right   # anything | -1 is -1
+        return left << 32 | right   # negative if one of them is -1
 
     def group_by_pair(self, places, weight):
         """Yield (pair, count, places) for each pair that begins at these places, the most frequent one first.
@@ -495,8 +496,8 @@ class Segmentation:
     def merge(self, new, places):
         """Merge the pairs that begin at `places` and do not overlap. new: one token for all, or one for each place.
 
-        Returns where new pairs begin: at `places` and at the left neighbours. There are also cells where none begins:
-        gaps, and right parts of other pairs that have just been merged.
+        Returns where new pairs begin: at `places` and at the left neighbours. At some of these none begins: gaps,
+        ends of words, and right parts of other pairs that have just been merged.
         """
         before = places - self.lengths[self.last[places - 1]]
         self.first[places + self.lengths[self.first[places]]] = -1   # the right part
@@ -532,8 +533,8 @@ def learn_merges(counts, num_merges):
       counted again. If it has lost places, it goes back with its true count.
     - merge_pair in each word: one Segmentation.merge_all.
 
-    Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. A pair is merged only
-    if it has at least `floor`, so none of these can be more frequent. When the heap is empty, as at the start, all
+    Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. A merged pair
+    occurs at least `floor` times, so none of these is more frequent. When the heap is empty, as at the start, all
     pairs are counted, and the floor becomes a sixteenth of the highest count, at least 1. If the heap stays empty, no
     pair is left. This makes 10,000 merges 1.7 times as fast.
 
@@ -699,15 +700,15 @@ class Tokenizer:
         """plain_encode for many words at once. corpus: their Segmentation into bytes; it is changed in place.
 
         Each round merges one pair in each word: the pair of lowest rank, the leftmost if there are several. (The
-        definition merges all of these at once. The result is the same: a new pair holds the new token, so its rank is
-        higher, see made_by, and the others come first.)
+        definition merges all of these at once. The result is the same: a pair with the new token has a higher rank, see
+        made_by, so the rest of these come first.)
         Rank and place stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s),
         1 (es, t), 2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
 
             cells      . l  o w . l  o w e r . n e w e  s t .
-            rank         2        2                  0          lowest: 2, 2, 0
+            rank         2        2                  0          minima: 2, 2, 0
             round 1    . lo   w . lo   w e r . n e w es   t .
-            rank         3        3                  1          lowest: 3, 3, 1
+            rank         3        3                  1          minima: 3, 3, 1
             round 2    . low    . low    e r . n e w est    .   no pair has a rank: all three words are done
 
         A loop in plain Python would take 7 microseconds a word, and a millisecond for one of 130 letters.
@@ -727,10 +728,10 @@ class Tokenizer:
             changed = corpus.merge(256 + (best >> 32), places)
 
     def replay(self, corpus):
-        """Like merge_words, for words of many thousand bytes, such as a line of base64: all merges in the order learnt.
+        """Like merge_words, for words of hundreds of bytes or more, such as DNA: all merges in the order learnt.
 
-        This takes O(n log n); merge_words, which looks through the word for each merge, O(n^2). But it goes through all
-        merges of the vocabulary, some milliseconds, however short the words are.
+        It takes O(n log n); merge_words, which looks through the word for each merge, O(n^2). But replay tries every
+        merge of the vocabulary: some milliseconds, even for short words.
         """
         places_of, once = {}, np.ones_like(corpus.first, np.int8)
 
@@ -782,7 +783,7 @@ class Tokenizer:
 
         Memory follows the longest string, or the longest stretch without a place to cut.
         """
-        # text: what is not encoded yet. Beyond `enough` bytes, its first half is encoded, if there is a place to cut.
+        # text: what is not encoded yet. Beyond `enough` bytes, half of it is encoded, if there is a place to cut.
         text, enough = bytearray(), 32768
         for item in iterable:
             text += utf8(item)
@@ -794,7 +795,7 @@ class Tokenizer:
                 if stop < len(text) - len(self.special.pattern):
                     yield from self.encode(text[:stop].decode())
                     del text[:stop]
-                enough = 32768 + 2 * len(text)
+                enough = 32768 + len(text) * 3 // 2
         yield from self.encode(text.decode())
 
     def write_ids(self, text_path, start, stop, bin_path, num_processes):
@@ -807,7 +808,7 @@ class Tokenizer:
         """Encode a UTF-8 file into a file of raw little-endian ids, which is replaced as a whole; return their number.
 
         uint16 for up to 65,536 tokens in the vocabulary, else uint32. Uses num_processes (0: one for each core) and
-        memory that does not grow with the file, once the cache is full. Malformed bytes count as U+FFFD.
+        memory that does not grow with the file, if it has places to cut. Malformed bytes count as U+FFFD.
         """
         with replacing(bin_path) as (temporary,):
             return self.write_ids(text_path, 0, None, temporary, num_processes)
