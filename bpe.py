@@ -1006,9 +1006,8 @@ def real_files(paths):
 
 
 def own_files():
-    """The files in data_dir that this run would replace or remove: its outputs and their temporary names."""
-    names = OUTPUTS if os.path.isfile(data) else (*OUTPUTS, "corpus.txt")
-    return real_files(f"{data_dir}/{name}{end}" for name in names for end in ("", ".tmp"))
+    """The files in data_dir that this or a later run may replace or remove: outputs and their temporary names."""
+    return real_files(f"{data_dir}/{name}{end}" for name in (*OUTPUTS, "corpus.txt") for end in ("", ".tmp"))
 
 
 def find_text(document_end):
@@ -1028,14 +1027,14 @@ def find_text(document_end):
 def start_of_held_out(path, tokenizer, document_end):
     """Where the text for validation begins, in the last twentieth of a file, at most 10 MB from its end.
 
-    That is after the first document that ends there and has text behind it or, if none does, between words.
+    That is after the first document that ends there and has a text behind it or, if none does, between words.
     """
     with mapped(path) as text:
         place = tokenizer.cut.search(text, len(text) - min(len(text) // 20, 10_000_000))   # in no special token
         require(place, f"--data={path}: found no place near the end to hold out text for validation; "
                        "name a file with --val_data")
         for match in tokenizer.special.finditer(text, place.start()):
-            if match[0] == document_end and text[match.end():].strip():   # some text must follow
+            if match[0] == document_end and text[match.end():].replace(document_end, b"").strip():   # some text follows
                 return match.end()
         return place.start()
 
@@ -1059,10 +1058,10 @@ def check_flags():
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data:
         mapped(val_data)   # raises an error if it is not a file with text in it
-    require(os.path.exists(f"{data_dir}/.lock") or not os.path.exists(f"{data_dir}/corpus.txt"),
-            f"{data_dir}/corpus.txt is not from this program, which replaces such a file: choose another --data_dir")
+    require(os.path.exists(f"{data_dir}/.lock") or not own_files(),
+            f"{min(own_files(), default='')} is not from bpe.py, which would replace it: choose another --data_dir")
     require(not real_files([data, val_data]) & own_files(),
-            f"--data={data} or --val_data={val_data} is a file that this run would replace: choose another --data_dir")
+            f"--data={data} or --val_data={val_data} is a file that bpe.py would replace: choose another --data_dir")
     return Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)
 
 

@@ -10,11 +10,12 @@ training. Units are powers of ten: 1 GB is 1e9 bytes, 1 TFLOP is 1e12 floating-p
 as 2 operations. "The handout" is the first assignment of Stanford's CS336.
 """
 import signal
-import sys
-from collections import Counter
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends the script without a traceback
+
+import sys
+from collections import Counter
 
 import torch
 from torch import nn

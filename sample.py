@@ -11,18 +11,19 @@ Needs a run folder of train.py and nothing else. Uses the weights with the lowes
 last ones (ckpt.pt). Text goes to standard output, notes to standard error. The same seed gives the same text on the
 same machine.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends the script without a traceback
+
 import codecs
 import copy
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
 
 import torch
 from torch import nn

@@ -16,6 +16,11 @@ Checkpoints are written before the first step, at every evaluation, at the end, 
 closed pipe or a log.csv that cannot be written ends the training early. On a full disk, the older one stays.
 "The handout" is the first assignment of Stanford's CS336.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends the script without a traceback
+
 import os
 import time
 STARTED = time.perf_counter()  # before torch is imported: those seconds count towards --max_minutes
@@ -31,7 +36,6 @@ import html
 import inspect
 import json
 import math
-import signal
 import sys
 import timeit
 import warnings
@@ -40,9 +44,6 @@ import zlib
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads ends the script without a traceback
 
 import numpy as np
 import torch
@@ -707,7 +708,8 @@ def prepare_folder(config, tokenizer, log, resumed):
             os.renames(f"{here}/{name}", f"{here}.{number}/{name}")   # makes the folder, too
         print(f"{out_dir} held a run: it is in {os.path.basename(here)}.{number} now")
     elif best_row(log) and old < RESULTS:
-        print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: what ckpt.pt and {data_dir} hold is written anew")
+        print(f"{out_dir} lacks {', '.join(sorted(RESULTS - old))}: "
+              f"what ckpt.pt and {data_dir} hold of it is written anew")
     if log:
         write_log(log)   # as it was at the checkpoint: what came after it comes again
     write_together(here, {"config.json": json.dumps(config, indent=1).encode()})
