@@ -186,7 +186,7 @@ def changes(values):
     >>> changes(np.array([5, 5, 7])).tolist()
     [True, False, True]
     """
-    return np.diff(values, prepend=~values[:1]) != 0   # the first one differs from its own complement
+    return values != np.concatenate((~values[:1], values[:-1]))   # the first one differs from its own complement
 
 
 def pretokenise(text, special):
