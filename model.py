@@ -57,8 +57,8 @@ class Linear(nn.Module):
 
     def __init__(self, in_features, out_features, device=None, dtype=None):
         super().__init__()
-        std = (2 / (in_features + out_features)) ** 0.5
-        self.weight = truncated_normal((out_features, in_features), std, device, dtype)
+        variance = 2 / (in_features + out_features)
+        self.weight = truncated_normal((out_features, in_features), variance ** 0.5, device, dtype)
 
     def forward(self, x):
         return x @ self.weight.T
@@ -74,7 +74,9 @@ class Embedding(nn.Module):
         self.weight = truncated_normal((num_embeddings, embedding_dim), 1, device, dtype)
 
     def forward(self, token_ids):
-        return self.weight[token_ids]
+        # The rows weight[token_ids]. But on several cores, the gradient of indexing adds up numbers in an order that
+        # changes from run to run, so a resumed run would not be exact; and it takes two to four times as long.
+        return self.weight.index_select(0, token_ids.flatten()).unflatten(0, token_ids.shape)
 
 
 class RMSNorm(nn.Module):
@@ -261,8 +263,7 @@ def cross_entropy(logits, targets):
     # The same as logits.gather(-1, targets[..., None]) for targets below V, but this comparison fuses with the sums,
     # while the gradient of gather takes a tenth of a training step.
     is_target = torch.arange(logits.size(-1), device=logits.device) == targets[..., None]   # (..., V)
-    target_logits = torch.where(is_target, logits, 0).sum(-1)                               # (...)
-    return (logits.logsumexp(-1) - target_logits).mean()
+    return (logits.logsumexp(-1) - torch.where(is_target, logits, 0).sum(-1)).mean()        # (...) -> scalar
 
 
 def full_shape(V, T, N, D, H, F, gated):

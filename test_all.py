@@ -695,16 +695,17 @@ def test_compiled_gradients_are_the_eager_ones_at_a_real_shape():
     """torch 2.13 compiled the gradient of the maximum in a masked softmax into NaN on the CPU,
     at shapes of this size only, with a good loss.
     """
-    model, ids = TransformerLM(2000, 256, 1, 256, 8), torch.randint(0, 2000, (4, 257))
+    model, ids = TransformerLM(2000, 256, 1, 256, 8), torch.randint(2000, (4, 257))
 
     def gradients():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu"):   # in bfloat16
             loss = model.loss(ids[:, :-1], ids[:, 1:])
         return torch.autograd.grad(loss, [*model.parameters()])
     eager = gradients()
     torch.set_num_threads(2)   # as users compile it
     model.compile_parts()
     compiled = gradients()
+    assert torch.equal(gradients()[0], compiled[0])   # the embedding's: its sums have an order that does not change
     torch.set_num_threads(1)
     assert all((a - b).norm() < 0.02 * a.norm() for a, b in zip(eager, compiled))   # NaN is not
     assert not all(map(torch.equal, eager, compiled))   # equal to the last bit: nothing was compiled
