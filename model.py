@@ -76,7 +76,7 @@ class Embedding(nn.Module):
     def forward(self, token_ids):
         # The rows weight[token_ids]. But on several cores, the gradient of indexing adds up numbers in an order that
         # changes from run to run, so a resumed run would not be exact; and it takes two to four times as long.
-        return self.weight.index_select(0, token_ids.flatten()).unflatten(0, token_ids.shape)
+        return self.weight.index_select(0, token_ids.flatten()).view(*token_ids.shape, -1)
 
 
 class RMSNorm(nn.Module):
@@ -443,7 +443,7 @@ def print_training(shape, tied=False):
 
 def main():
     configure(globals())
-    require(min(batch_size, steps, memory_gb, peak_tflops, mfu, peak_tflops * mfu) > 0,
+    require(min(batch_size, steps, memory_gb, peak_tflops, peak_tflops * mfu) > 0,   # so mfu is, too
             f"--batch_size={batch_size}, --steps={steps}, --memory_gb={memory_gb}, --peak_tflops={peak_tflops}, "
             f"--mfu={mfu}: each must be above 0")
     if len(sys.argv) == 1:
