@@ -1058,9 +1058,10 @@ def check_flags():
     require(num_processes >= 0, f"--num_processes={num_processes}: choose 0 (one for each core) or more")
     if val_data:
         mapped(val_data)   # raises an error if it is not a file with text in it
-    require(os.path.exists(f"{data_dir}/.lock") or not own_files(),
-            f"{min(own_files(), default='')} is not from bpe.py, which would replace it: choose another --data_dir")
-    require(not real_files([data, val_data]) & own_files(),
+    own = own_files()
+    require(os.path.exists(f"{data_dir}/.lock") or not own,
+            f"{min(own, default='')} is not from bpe.py, which would replace it: choose another --data_dir")
+    require(not real_files([data, val_data]) & own,
             f"--data={data} or --val_data={val_data} is a file that bpe.py would replace: choose another --data_dir")
     return Tokenizer.untrained(filter(None, special_tokens.split(",")), vocab_size)
 

@@ -460,17 +460,17 @@ def test_any_unicode_survives_encoding_and_decoding_and_what_is_malformed_is_rep
 
 
 def test_encode_iterable_is_lazy_and_gives_the_ids_of_the_joined_text(trained):
-    taken = []   # of the second text, an item may end in a special token, where the last cut must not lie
+    # of the second text, an item may end in a special token, where the last cut must not lie
     for text, sizes in ((random_text(random.Random(9), 50_000), (1, 7)),
                         ("é" * 17_000 + END * 9000, range(17_000, 17_007))):
         for size in sizes:
             items = [text[i:i + size] for i in range(0, len(text), size)]
             assert [*trained.encode_iterable(items)] == trained.encode(text)
     for item in ("once upon a time\n" * 3000, "\n" + "x" * 20_000):   # in the second, the only cut is far from the end
+        taken = []
         ids = trained.encode_iterable(taken.append(item) or item for _ in range(20))
         first = next(ids)
         assert len(taken) < 4 and trained.decode([first, *ids]) == item * 20
-        taken.clear()
 
 
 def test_ids_are_uint16_up_to_65536_tokens_and_uint32_beyond():
@@ -535,9 +535,10 @@ def test_the_held_out_text_begins_after_a_document_and_never_inside_a_special_to
     training, validation = texts_of("data")
     assert training.endswith("<e>") and training + validation == text and validation[0] == "y"
     for mark in range(3):   # it falls into a special token, and no document that text follows ends near it
-        write("text.txt", "x" * (925 + mark) + "a b" * 30 + " y" * 9 + "<e>\n<e>")
+        training, validation = "x" * (925 + mark) + "a b" * 30, " y" * 9 + "<e>\n<e>"
+        write("text.txt", training + validation)
         run(f"{BPE} --special_tokens=<e>,a\\ b")
-        assert texts_of("data")[1] == " y" * 9 + "<e>\n<e>"
+        assert texts_of("data") == [training, validation]
 
 
 def test_encoding_with_a_folders_own_tokenizer_keeps_its_files_and_only_temporary_files_go(run):
@@ -1164,7 +1165,7 @@ CANDIDATES = """
 def test_top_k_and_top_p_on_a_distribution_made_by_hand(line):
     limits, *expected = re.split("  +", line)[:5]
     probabilities, ids = candidates(torch.tensor([0.2, 0.5, 0.05, 0.25]).log(), **json.loads(limits))
-    same(torch.zeros(4).scatter(0, ids, probabilities.float()).tolist(), [*map(float, expected)], 1e-4)
+    same(torch.zeros(4).scatter(0, ids, probabilities).tolist(), [*map(float, expected)], 1e-4)
 
 
 def test_tokens_are_drawn_with_the_probabilities_of_the_model():
@@ -1222,7 +1223,7 @@ def test_sample_py_scores_a_text_after_the_first_special_token(run):
 def test_a_closed_stream_is_an_empty_one_and_no_note_goes_into_standard_output(run):
     shell = f"'{sys.executable}' '{ROOT / 'sample.py'}' --prompt=- <&- 2>&-"
     done = subprocess.run(shell, shell=True, capture_output=True)
-    assert done.returncode == 0 and done.stdout and b"tokens/s" not in done.stdout and not done.stderr
+    assert not done.returncode and done.stdout and b"tokens/s" not in done.stdout and not done.stderr
 
 
 def test_a_run_without_special_tokens_needs_a_prompt(run):
@@ -1347,16 +1348,17 @@ def test_sigkill_at_random_moments_leaves_whole_files_and_no_worker_and_the_next
     ("worker", "1 bpe.py: a worker process died.*\n"), ("parent", "130 bpe.py: interrupted\n"),
     ("group", "130 bpe.py: interrupted\n")])
 def test_a_killed_worker_and_ctrl_c_end_the_command_with_one_line_and_without_orphans(made, large, end, told):
-    process = start(f"{large} --tokenizer_dir={made}/data", start_new_session=True)
-    wait_until(lambda: len(members(process.pid)) == 3)
-    if end == "worker":
-        os.kill((members(process.pid) - {process.pid}).pop(), signal.SIGKILL)
-    else:
-        (os.kill if end == "parent" else os.killpg)(process.pid, signal.SIGINT)
-    err = process.communicate(timeout=20)[1]
-    assert re.fullmatch(told, f"{process.returncode} {err}")
-    wait_until(lambda: not members(process.pid))
-    assert listing("data") == {".lock"}
+    for command in large, f"{large} --tokenizer_dir={made}/data":   # while it counts words, and while it encodes
+        process = start(command, start_new_session=True)
+        wait_until(lambda: len(members(process.pid)) == 3)
+        if end == "worker":
+            os.kill((members(process.pid) - {process.pid}).pop(), signal.SIGKILL)
+        else:
+            (os.kill if end == "parent" else os.killpg)(process.pid, signal.SIGINT)
+        err = process.communicate(timeout=20)[1]
+        assert re.fullmatch(told, f"{process.returncode} {err}")
+        wait_until(lambda: not members(process.pid))
+        assert listing("data") == {".lock"}
 
 
 @posix
@@ -1384,5 +1386,5 @@ def test_odd_names_a_c_locale_and_no_home_cost_nothing():
     bare = {"LC_ALL": "C", "HOME": "/nonexistent", "PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
     names = shlex.join([f"--data={folder / 't '}\\n.txt", f"--data_dir={folder}"])
     status, out, err = finish(f"bpe.py {names} --vocab_size=270 --special_tokens=\u4e2d\u56fd", env=bare)
-    assert status == 0 and not err and "??" in out   # the terminal lacks the characters, the files have them
+    assert not status and not err and "??" in out   # the terminal lacks the characters, the files have them
     assert "\u4e2d\u56fd" in (folder / "vocab.json").read_text(encoding="utf-8")
