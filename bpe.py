@@ -37,8 +37,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import cache, partial
 from heapq import heappop, heappush
@@ -107,11 +106,12 @@ def merge_pair(tokens, pair):
     >>> merge_pair([b"a", b"a", b"a", b"b"], (b"a", b"a"))
     [b'aa', b'a', b'b']
     """
-    merged, i = [], 0
-    while i < len(tokens):
-        size = 2 if tuple(tokens[i:i + 2]) == pair else 1
-        merged.append(b"".join(tokens[i:i + size]))
-        i += size
+    merged = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
     return merged
 
 
@@ -126,7 +126,7 @@ def plain_train(counts, num_merges):
     """
     tokens_of = {word: [BYTES[byte] for byte in word] for word in counts}
     merges = []
-    while len(merges) < num_merges:
+    for _ in range(num_merges):
         pairs = Counter()
         for word, tokens in tokens_of.items():
             for pair in zip(tokens, tokens[1:]):
@@ -292,11 +292,13 @@ def cut_pattern(specials):
     b"x/=31/;/ a/  dog/'s/<|end|>"
     """
     # The character after the cut comes first, because the engine skips to it quickly. Then lookbehinds, which end with
-    # that character, check what stands before it. The last two lines refuse white space beyond ASCII before the cut,
-    # whose bytes \S takes for signs.
-    place = (rb"[\s!-~](?:(?<=[A-Za-z][^A-Za-z\s])|(?<=[0-9][^0-9\s])|(?<=\S\s)"
-             rb"(?<!\xc2[\x85\xa0]\s)"
-             rb"(?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s))")
+    # that character, check what stands before it.
+    place = rb"""(?x)
+        [\s!-~]  (?: (?<=[A-Za-z][^A-Za-z\s])
+                  | (?<=[0-9][^0-9\s])
+                  | (?<=\S\s)  # but not behind white space beyond ASCII, whose bytes \S takes for signs
+                    (?<!\xc2[\x85\xa0]\s)
+                    (?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s) )"""
     # A match inside a special token is refused. It ends, for example, between b"<|end|" and b">".
     inside = [b"(?!(?<=%s)%s)" % (re.escape(token[:match.end()]), re.escape(token[match.end():]))
               for token in specials for match in re.finditer(place, token)]
@@ -380,14 +382,13 @@ def in_parallel(function, tasks, num_processes):
         yield from map(function, tasks)
         return
     kind_of_code_point()   # now, so that workers that are forked have it already
-    batch = 16 * num_processes
     try:
         with ProcessPoolExecutor(num_processes, initializer=start_worker, initargs=(function,)) as pool:
-            for i in range(0, len(tasks), batch):
+            for i in range(0, len(tasks), 16 * num_processes):
                 with ctrl_c_held_back():
-                    results = pool.map(run_task, tasks[i:i + batch])
+                    results = pool.map(run_task, tasks[i:i + 16 * num_processes])
                 yield from results
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise ChildProcessError("a worker process died, perhaps for lack of memory: try --num_processes=1") from None
 
 
@@ -396,7 +397,7 @@ def in_parallel(function, tasks, num_processes):
 SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 
 
-def progress(phase, state):
+def progress(phase, state=""):
     """Show on a terminal how far a phase has come, ten times a second; the next line that is printed replaces it.
 
     Adds to this phase the time since the last call, whichever phase that was for.
@@ -434,63 +435,61 @@ def in_blocks(phase, function, path, cut, start, stop, num_processes):
 # --------------------------------------------------------------------------------------------------- 6. learning merges
 
 class Segmentation:
-    """Many words cut into tokens, in one array: a cell for each byte, and a gap before, between and after the words.
+    """Many words cut into tokens. There is a cell for each byte, and a gap before, between and after the words.
 
-    first[i] is the token that begins at cell i, or -1. last[i] is the token that ends at cell i. If none ends there,
-    last[i] is out of date and not used. Both are -1 in a gap. Inside a token, first is -1, too, but last never is: so
-    last tells where the gaps are. Tokens are numbered: the bytes, then what the merges make, in the order learnt. "low"
-    and "lo" after the merge of o w:
+    token[i] is the token that begins at cell i, or -1 in a gap and inside a token. Tokens are numbered: the bytes, then
+    what the merges make, in the order in which they are made. next[i] and previous[i] are the cells of its neighbours,
+    or of gaps. So this is a linked list of tokens, in arrays: many places can be merged at once. word[i] is the number
+    of the word, from 1; gaps lists the cells of the gaps. "low" and "lo" after the merge of o w:
 
-        cell      0    1    2    3    4    5    6    7
-        word           l    o    w         l    o
-        first    -1    l   ow   -1   -1    l    o   -1
-        last     -1    l    ?   ow   -1    l    o   -1
-
-    The token at cell 2 has lengths[ow] = 2 bytes, so its right neighbour would begin at cell 4 (a gap: there is none),
-    and its left neighbour ends at cell 1. So a merge needs no linked list, and many places can be merged at once.
+        cell          0    1    2    3    4    5    6    7
+        byte               l    o    w         l    o
+        token        -1    l   ow   -1   -1    l    o   -1
+        next               2    4              6    7
+        previous           0    1              4    5
+        word               1    1              2    2
     """
 
-    def __init__(self, words, lengths):
-        """words: bytes objects, UTF-8. lengths: the number of bytes of each token, and at the end 1, for a gap,
-        whose token is -1.
-        """
-        cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)   # UTF-8 never has the byte 0xFF
-        self.first = np.where(cells < 0xFF, cells, np.int32(-1))
-        self.last = self.first.copy()
-        self.lengths = lengths
+    def __init__(self, words):
+        """words: bytes objects, UTF-8."""
+        cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)
+        gap = cells == 0xFF   # a byte that UTF-8 never has
+        self.token = np.where(gap, np.int32(-1), cells)
+        self.next = np.arange(1, len(cells) + 1, dtype=np.int32)
+        self.previous = self.next - 2
+        self.word = np.cumsum(gap, dtype=np.int32)
+        self.gaps = np.flatnonzero(gap)
 
     def begins(self):
         """The cells where a token begins."""
-        return np.flatnonzero(self.first >= 0)
+        return np.flatnonzero(self.token >= 0)
 
     def pairs(self, places):
         """The pair that begins at each of these places, a token and its right neighbour: left << 32 | right.
 
         Negative where no pair begins, as at the end of a word, in a gap or inside a token.
         """
-        left = self.first[places].astype(np.int64)
-        right = self.first[places + self.lengths[left]]
-        return left << 32 | right   # negative if one of them is -1
+        return self.token[places].astype(np.int64) << 32 | self.token[self.next[places]]   # negative if one is -1
 
     def group_by_pair(self, places, weight):
         """Yield (pair, count, places) for each pair that begins at these places, the most frequent one first.
 
-        weight: how often the word of each cell counts. The places of a pair come in no order.
+        weight: by the number of a word, how often it counts. The places of a pair come in no order.
         """
         pairs = self.pairs(places)
         order = pairs.argsort()
         pairs, places = pairs[order], places[order]
         starts = np.flatnonzero(changes(pairs) & (pairs >= 0))   # the negative ones come first: no pair begins there
         bounds = [*starts.tolist(), len(pairs)]
-        occurs = np.add.reduceat(weight[places], starts)
+        occurs = np.add.reduceat(weight[self.word[places]], starts)
         for i in (-occurs).argsort().tolist():
-            yield int(pairs[bounds[i]]), int(occurs[i]), places[bounds[i]:bounds[i + 1]]
+            yield int(pairs[bounds[i]]), occurs[i], places[bounds[i]:bounds[i + 1]]
 
     def ids_of_words(self, ids):
         """The ids of each word's tokens, a list of bytes objects. ids: an array with the id of each token."""
-        there = self.first >= 0
-        raw = ids[self.first[there]].tobytes()
-        stops = (np.cumsum(there)[self.last < 0] * ids.itemsize).tolist()   # where in raw each gap is
+        begins = self.begins()
+        raw = ids[self.token[begins]].tobytes()
+        stops = (np.searchsorted(begins, self.gaps) * ids.itemsize).tolist()   # where in raw each gap is
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def merge(self, new, places):
@@ -499,22 +498,23 @@ class Segmentation:
         Returns where new pairs begin: at `places` and at the left neighbours. At some of these none begins: gaps,
         ends of words, and right parts of other pairs that have just been merged.
         """
-        before = places - self.lengths[self.last[places - 1]]
-        self.first[places + self.lengths[self.first[places]]] = -1   # the right part
-        self.first[places] = new
-        self.last[places + self.lengths[new] - 1] = new
+        before, right = self.previous[places], self.next[places]
+        after = self.next[right]   # where the next token begins, or a gap
+        self.token[places] = new
+        self.token[right] = -1
+        self.next[places] = after
+        self.previous[after] = places
         return np.concatenate((places, before))
 
-    def merge_all(self, pair, new, places):
-        """merge for a pair whose places may overlap: of x x x x, the pairs at 0 and 2 are merged."""
+    def apart(self, pair, places):
+        """The places of a pair without those where it overlaps with itself: of x x x x, the pairs at 0 and 2 stay."""
         if pair >> 32 == pair & 0xFFFFFFFF:
-            apart, end = [], 0
+            kept = set()
             for place in sorted(places.tolist()):
-                if place >= end:
-                    apart.append(place)
-                    end = place + self.lengths[new]
-            places = np.array(apart, int)
-        return self.merge(new, places)
+                if self.previous[place] not in kept:
+                    kept.add(place)
+            places = np.array([*kept], int)
+        return places
 
 
 class Descending(tuple):
@@ -525,54 +525,74 @@ class Descending(tuple):
 
 
 def learn_merges(counts, num_merges):
-    """plain_train, many places at a time. What it does in each round, and what is done here instead:
+    """plain_train, many pairs at a time. What it does in each round, and what is done here instead:
 
     - It counts all pairs. Here the places of a pair are collected when the newer of its two tokens is made. Later
       merges can only take places away.
     - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
       counted again. If it has lost places, it goes back with its true count.
-    - merge_pair in each word: one Segmentation.merge_all.
+    - merge_pair in each word: one Segmentation.merge, for all pairs from the top of the heap down to the first one that
+      shares a word with another. A merge leaves all other words as they are. So these give the same in any order, but
+      a pair that the first of them makes may be more frequent than the second. So a merged pair goes back on the heap
+      and waits for its turn: only then its merge is listed, and the pairs that it has made go on the heap. One round
+      merges 20 pairs on average, which makes 32,000 merges 1.4 times as fast.
 
     Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. A merged pair
     occurs at least `floor` times, so none of these is more frequent. When the heap is empty, as at the start, all
     pairs are counted, and the floor becomes a sixteenth of the highest count, at least 1. If the heap stays empty, no
-    pair is left. This makes 10,000 merges 1.7 times as fast.
+    pair is left. This makes 10,000 merges 1.5 times as fast.
 
     counts is emptied as soon as the arrays have it all, for the memory.
     """
-    num_merges = min(num_merges, sum(map(len, counts)))   # each merge removes at least one token
-    corpus = Segmentation(counts, np.ones(257 + num_merges, int))
-    # how often the word of each cell occurs
-    weight = np.repeat(np.fromiter(counts.values(), int), [len(word) + 1 for word in counts])
+    corpus = Segmentation(counts)
+    weight = np.array([0, *counts.values()])   # how often each word occurs; word 0 does not exist
+    taken = np.zeros_like(weight)              # for each word, the last round that merged a pair in it
     counts.clear()
+    # On the heap: (-count, parts, pair, places), or (-count, parts, -1, entries of new pairs) for one that is merged.
     vocab, merges, heap = list(BYTES), [], []
 
     def note(places):
+        """Make entries of the pairs that begin here, for the heap or, after a merge, for its own entry in `made`."""
         nonlocal floor
         for pair, occurs, group in corpus.group_by_pair(places, weight):
-            floor = floor or max(1, occurs // 16)
+            floor = floor or occurs // 16 or 1
             if occurs < floor:
                 break
-            heappush(heap, (-occurs, Descending((vocab[pair >> 32], vocab[pair & 0xFFFFFFFF])), pair, group))
+            left, right = pair >> 32, pair & 0xFFFFFFFF
+            heappush(made[max(left, right)][3] if made else heap,
+                     (-occurs, Descending((vocab[left], vocab[right])), pair, group))
 
     while len(merges) < num_merges:
-        if not heap:
+        base, made, apart = len(vocab), {}, []   # made: {new token: the entry of its merge}
+        while heap and heap[0][2] >= 0:          # take pairs to merge, up to one that is merged and has its turn
+            bound, parts, pair, places = heappop(heap)
+            places = places[corpus.pairs(places) == pair]
+            words = corpus.word[places]
+            occurs = weight[words].sum()
+            if occurs == -bound and taken[words].max() < base:
+                taken[words] = base
+                made[len(vocab)] = bound, parts, -1, []
+                vocab.append(b"".join(parts))
+                apart.append(corpus.apart(pair, places))
+            elif occurs >= floor:
+                heappush(heap, (-occurs, parts, pair, places))
+                if occurs == -bound:
+                    break   # it shares a word with another
+        if made:
+            note(corpus.merge(np.repeat([*made], [*map(len, apart)]), np.concatenate(apart)))
+            for entry in made.values():
+                heappush(heap, entry)
+        elif heap:
+            _, parts, _, new_pairs = heappop(heap)
+            merges.append(tuple(parts))
+            for entry in new_pairs:
+                heappush(heap, entry)
+            progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
+        else:
             floor = 0
             note(corpus.begins())
             if not heap:
                 break
-        bound, parts, pair, places = heappop(heap)
-        places = places[corpus.pairs(places) == pair]
-        occurs = weight[places].sum()
-        if occurs == -bound:
-            new = len(vocab)
-            merges.append(tuple(parts))
-            vocab.append(b"".join(parts))
-            corpus.lengths[new] = len(vocab[new])
-            note(corpus.merge_all(pair, new, places))
-            progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
-        elif occurs >= floor:
-            heappush(heap, (-occurs, parts, pair, places))
     return merges
 
 
@@ -594,15 +614,14 @@ def to_visible(token):
 
 
 def made_by(merges):
-    """The tokens that are bytes or made by a merge, numbered as in Segmentation: dict[bytes, int].
+    """The tokens that are bytes or made by a merge, numbered in this order: dict[bytes, int].
 
     Raises InputError if the merges are out of order.
     """
     numbers = dict(zip(BYTES, range(256)))
     for left, right in merges:
         if not {left, right} <= numbers.keys() or left + right in numbers:
-            raise InputError(f"the merge of {left!r} and {right!r} is out of order: its parts must be bytes or made "
-                             "before it, and no two merges may make the same")
+            raise InputError(f"the merge of {left!r} and {right!r} is out of order, or another makes the same token")
         numbers[left + right] = len(numbers)
     return numbers
 
@@ -629,14 +648,12 @@ class Tokenizer:
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
             require(token.isascii() or {*token} - {*CHARACTERS},
-                    f"the special token {token!r} reads like an ordinary one in vocab.json: write it in ASCII, or "
-                    "look whether its merges.txt is cut short")
+                    f"the special token {token!r} reads like an ordinary one: write it in ASCII, or is merges.txt cut?")
         self.vocab = {token_id: token for token, token_id in ids.items()}
 
         self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
-        # For each token in the order of `numbers`: its id and its length. For each merge: its pair.
+        # For each token in the order of `numbers`: its id. For each merge: its pair.
         self.ids = np.fromiter(map(ids.get, self.numbers), self.dtype)
-        self.lengths = np.array([*map(len, self.numbers), 1])
         self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
         # NEVER, the last one, is above all that merge_words looks for.
         self.sorted_pairs, self.order = np.unique(self.pairs, return_index=True)
@@ -652,8 +669,8 @@ class Tokenizer:
         """
         tokenizer = cls(dict(enumerate(BYTES)), [], special_tokens)
         least = len(tokenizer.vocab)
-        require(vocab_size >= least, f"vocab_size={vocab_size}: choose {least} or more, for 256 bytes and "
-                                     f"{least - 256} special tokens")
+        require(vocab_size >= least,
+                f"vocab_size={vocab_size}: choose {least} or more, for 256 bytes and {least - 256} special tokens")
         return tokenizer
 
     @classmethod
@@ -689,8 +706,8 @@ class Tokenizer:
         """The contents of vocab.json and merges.txt in GPT-2's format, two bytes objects."""
         table = {to_visible(token) if token in self.numbers else token.decode(): token_id
                  for token_id, token in self.vocab.items()}
-        lines = [f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges]
-        return [json.dumps(table, ensure_ascii=False).encode(), "".join(["#version: 0.2\n", *lines]).encode()]
+        lines = "".join(f"{to_visible(left)} {to_visible(right)}\n" for left, right in self.merges)
+        return [json.dumps(table, ensure_ascii=False).encode(), ("#version: 0.2\n" + lines).encode()]
 
     def save(self, folder):
         """Write vocab.json and merges.txt into a folder: see write_together in section 8."""
@@ -713,9 +730,8 @@ class Tokenizer:
 
         A loop in plain Python would take 7 microseconds a word, and a millisecond for one of 130 letters.
         """
-        key = np.full(len(corpus.first), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
-        gaps = np.flatnonzero(corpus.last < 0)     # the gap before each word not done; at first the last gap, too
-        changed = corpus.begins()
+        key = np.full(len(corpus.token), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
+        gaps, changed = corpus.gaps, corpus.begins()   # gaps: before each word not done; at first the last one, too
         while len(gaps):
             pairs = corpus.pairs(changed)
             ranks = self.order[np.searchsorted(self.sorted_pairs, pairs)]
@@ -724,7 +740,7 @@ class Tokenizer:
             mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
-            key[places + self.lengths[corpus.first[places]]] = NEVER
+            key[corpus.next[places]] = NEVER
             changed = corpus.merge(256 + (best >> 32), places)
 
     def replay(self, corpus):
@@ -733,16 +749,17 @@ class Tokenizer:
         It takes O(n log n); merge_words, which looks through the word for each merge, O(n^2). But replay tries every
         merge of the vocabulary: some milliseconds, even for short words.
         """
-        places_of, once = {}, np.ones_like(corpus.first, np.int8)
+        places_of = {}
 
         def note(places):
-            places_of.update((pair, group) for pair, _, group in corpus.group_by_pair(places, once))
+            places_of.update((pair, group)
+                             for pair, _, group in corpus.group_by_pair(places, np.ones_like(corpus.gaps)))
 
         note(corpus.begins())
         for new, pair in enumerate(self.pairs.tolist(), 256):
             if pair in places_of:   # the pairs that this merge makes contain `new`, and have higher ranks: see made_by
                 places = places_of.pop(pair)
-                note(corpus.merge_all(pair, new, places[corpus.pairs(places) == pair]))
+                note(corpus.merge(new, corpus.apart(pair, places[corpus.pairs(places) == pair])))
 
     def encode_words(self, words):
         """The token ids of each word or special token in a list, as bytes of self.dtype. Only words that are not in the
@@ -753,7 +770,7 @@ class Tokenizer:
         new = sorted({*words}.difference(self.cache), key=len)   # words of like length share a group
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
-            corpus = Segmentation(group, self.lengths)
+            corpus = Segmentation(group)
             (self.merge_words if len(group[-1]) <= LONG else self.replay)(corpus)
             self.cache.update(zip(group, corpus.ids_of_words(self.ids)))
         self.cached += sum(map(len, new))
@@ -788,8 +805,7 @@ class Tokenizer:
         for item in iterable:
             text += utf8(item)
             if len(text) > enough:
-                place = self.cut.search(text, len(text) // 2)
-                stop = place.start() if place else len(text)
+                _, stop = next(pieces(text, self.cut, len(text) // 2, 0, len(text)))
                 # A special token that ends in the next item may lie across a `stop` near the end. None is longer than
                 # the pattern.
                 if stop < len(text) - len(self.special.pattern):
@@ -965,20 +981,13 @@ def only_run_in(folder):
         lock = sqlite3.connect(f"{folder}/.lock", timeout=0)
         lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
     except sqlite3.DatabaseError as error:
-        raise BlockingIOError(f"another run is at work in {folder}, or it cannot be locked ({error}): "
-                              "wait for it, or choose another folder") from None
+        raise BlockingIOError(
+            f"another run is at work in {folder}, or it cannot be locked ({error}): wait, or choose another") from None
     with closing(lock):
         yield
 
 
 # ----------------------------------------------------------------------------------------------------- the main program
-
-def standard_library():
-    """The files of Python's standard library, without tests and site-packages."""
-    root = Path(os.__file__).parent
-    return [module for module in root.rglob("*.py")
-            if {"test", "tests", "idle_test", "site-packages"}.isdisjoint(module.relative_to(root).parts)]
-
 
 def collect(files, path, end):
     """Write files into one, each with `end` behind it, in an order that is sorted and then shuffled by a fixed seed;
@@ -989,14 +998,14 @@ def collect(files, path, end):
     files = sorted(files)
     random.Random(0).shuffle(files)
     with replacing(path) as (temporary,), open(temporary, "wb") as corpus:
-        for done, name in enumerate(files, 1):
+        for name in files:
             try:
                 with open(name, "rb") as document:
                     shutil.copyfileobj(document, corpus)
                 corpus.write(end)
             except FileNotFoundError:
                 print(f"note: {name} was removed after the files were listed: left out", file=sys.stderr)
-            progress("collecting", f"{done:,} of {len(files):,} files")
+    progress("collecting")
     return path
 
 
@@ -1012,15 +1021,17 @@ def own_files():
 
 def find_text(document_end):
     """The file that --data names; or corpus.txt in data_dir, made of the files that match the pattern or, without one,
-    of the standard library.
+    of the standard library, but for its tests and site-packages.
     """
     if os.path.isfile(data):
         return data
-    files = real_files(glob.glob(data, recursive=True) if data else standard_library())
-    files -= own_files() | real_files([val_data])
+    root = Path(os.__file__).parent
+    library = (module for module in root.rglob("*.py")
+               if {"test", "tests", "idle_test", "site-packages"}.isdisjoint(module.relative_to(root).parts))
+    files = real_files(glob.glob(data, recursive=True) if data else library) - own_files() - real_files([val_data])
     if not files:
-        raise FileNotFoundError(f"--data={data!r}: no file has this name or matches this pattern; "
-                                "for all files of a folder, write 'folder/**/*'")
+        raise FileNotFoundError(
+            f"--data={data!r}: no file has this name or matches this pattern; for all of a folder, write 'folder/**/*'")
     return collect(files, f"{data_dir}/corpus.txt", document_end)
 
 
@@ -1031,8 +1042,7 @@ def start_of_held_out(path, tokenizer, document_end):
     """
     with mapped(path) as text:
         place = tokenizer.cut.search(text, len(text) - min(len(text) // 20, 10_000_000))   # in no special token
-        require(place, f"--data={path}: found no place near the end to hold out text for validation; "
-                       "name a file with --val_data")
+        require(place, f"--data={path}: no place near the end to cut off text for validation: name a --val_data file")
         for match in tokenizer.special.finditer(text, place.start()):
             if match[0] == document_end and text[match.end():].replace(document_end, b"").strip():   # some text follows
                 return match.end()
@@ -1075,12 +1085,12 @@ def main():
         text = find_text(document_end)
         train_stop = os.path.getsize(text) if val_data else start_of_held_out(text, tokenizer, document_end)
         if not tokenizer_dir:
-            specials = tokenizer.special_tokens
-            tokenizer = Tokenizer(*train_bpe(text, vocab_size, specials, num_processes, train_stop), specials)
+            tokenizer = Tokenizer(*train_bpe(text, vocab_size, tokenizer.special_tokens, num_processes, train_stop),
+                                  tokenizer.special_tokens)
         contents, paths = tokenizer.file_contents(), [f"{data_dir}/{name}" for name in OUTPUTS]
         if [Path(path).read_bytes() for path in paths[:2] if os.path.exists(path)] == contents:
             del paths[:2]   # they stay: the ids of the older run have the same meaning
-        progress("vocabulary", "")
+        progress("vocabulary")
         with replacing(*paths) as (*tables, train_bin, val_bin):
             for path, content in zip(tables, contents):
                 path.write_bytes(content)
@@ -1091,21 +1101,21 @@ def main():
             val_tokens = tokenizer.write_ids(val_text, val_start, None, val_bin, num_processes)
 
     val_size = os.path.getsize(val_text) - val_start
-    print(f"text: {text}, {train_stop / 1e6:.1f} MB to train on, {val_size / 1e6:.1f} MB for validation; "
-          f"{MALFORMED['encoding']} malformed places, read as U+FFFD")
-    if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
-        print("the text has no more pairs to merge: "
-              f"the vocabulary ends at {len(tokenizer.vocab)} tokens, short of {vocab_size}")
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in SECONDS.items())
-    print(f"seconds: {phases}; {time.perf_counter() - BEGIN:.2f} in all")
-    print(f"peak memory: {peak_memory()}")
-    longest = sorted(tokenizer.vocab.values(), key=len)[-5:]
-    print("longest tokens:", ", ".join(f"{token.decode(errors='replace')!r} ({len(token)} bytes)" for token in longest))
-    print(f"bytes per token: {train_stop / train_tokens:.3f} in training, "
-          f"{val_size / val_tokens:.3f} in validation text")
-    print(f"encoding: {speed:.1f} MB/s; the Pile (825 GB) would take {825e3 / speed / 3600:.1f} hours")
-    print(f"wrote vocab.json ({len(tokenizer.vocab):,} tokens), merges.txt, "
-          f"train.bin ({train_tokens:,} ids, {tokenizer.dtype.name}) and val.bin ({val_tokens:,}) into {data_dir}")
+    longest = ", ".join(f"{token.decode(errors='replace')!r} ({len(token)} bytes)"
+                        for token in sorted(tokenizer.vocab.values(), key=len)[-5:])
+    print(f"""\
+text: {text}, {train_stop / 1e6:.1f} MB to train on, {val_size / 1e6:.1f} MB for validation; \
+{MALFORMED["encoding"]} malformed places, read as U+FFFD
+seconds: {phases}; {time.perf_counter() - BEGIN:.2f} in all
+peak memory: {peak_memory()}
+longest tokens: {longest}
+bytes per token: {train_stop / train_tokens:.3f} in training, {val_size / val_tokens:.3f} in validation text
+encoding: {speed:.1f} MB/s; the Pile (825 GB) would take {825e3 / speed / 3600:.1f} hours
+wrote vocab.json ({len(tokenizer.vocab):,} tokens), merges.txt, train.bin ({train_tokens:,} ids, \
+{tokenizer.dtype.name}) and val.bin ({val_tokens:,}) into {data_dir}""")
+    if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
+        print(f"the text has no more pairs to merge: the vocabulary is smaller than --vocab_size={vocab_size}")
     if val_tokens < 257:
         print(f"warning: {val_tokens} ids are too few to validate a context of 256: name a longer text with --val_data",
               file=sys.stderr)
