@@ -10,7 +10,7 @@ seconds for each phase, peak memory, the longest tokens, bytes per token and MB/
 of Python's standard library. Text from many files is first joined in data_dir/corpus.txt. The sections of this file:
 
 1. Pre-tokens: a pattern cuts the text into words. Everything else happens inside these words.
-2. BPE, the definition: training and encoding in forty plain lines. You may stop there and know BPE.
+2. BPE, the definition: training and encoding in plain Python, on one page. You may stop there and know BPE.
 3. to 7. The same, a hundred times as fast: pre-tokens at array speed; the distinct words of a text; all cores;
    learning merges; the Tokenizer, and training from a file.
 8. Flags, errors and files, for all four scripts: also for model.py, train.py and sample.py.
@@ -67,7 +67,7 @@ BYTES = [bytes([byte]) for byte in range(256)]     # the first 256 tokens
 
 # GPT-2's pattern. A pre-token, or word, is one of: the tail of a contraction; letters, digits or other signs, each with
 # the space before them; white space. "We've  2 dogs!" is cut into "We", "'ve", " ", " 2", " dogs", "!". Of the white
-# space before a word, the last character joins the word if it is a space.
+# space before a word, the last character joins the word if it is a space, else it is a word by itself.
 PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 CONTRACTION = re.compile(rb"'(?:[sdmt]|ll|ve|re)")
 
@@ -79,8 +79,8 @@ def special_pattern(specials):
     """
     require(all(len(token) > 1 for token in specials),
             f"special tokens {[*specials]}: one is empty, which matches everywhere, or a single byte, which is a token")
-    # If one token is the beginning of another, the longer one stands first, so it is tried first. Without any, the
-    # pattern is the byte 0xFF, which UTF-8 never has.
+    # In reverse order, a token stands before the beginnings of itself, so the longer one is tried first. Without any
+    # token, the pattern is the byte 0xFF, which UTF-8 never has.
     return re.compile(b"(%s)" % (b"|".join(map(re.escape, sorted(specials, reverse=True))) or b"\xff"))
 
 
@@ -154,8 +154,8 @@ def plain_encode(word, merges):
 
 # ----------------------------------------------------------------------------------------- 3. pre-tokens at array speed
 
-# The kinds of character that the pattern tells apart are 0 (other), SPACE, 2 (letter) and 3 (digit). From SPECIAL on,
-# they are those of special tokens.
+# The kinds of character that the pattern tells apart are 0 (other), SPACE, 2 (letter) and 3 (digit). SPECIAL and
+# SPECIAL + 1 are special tokens, in turn; SPECIAL + 2 is the end of the text.
 SPACE, SPECIAL = 1, 4
 
 
@@ -205,8 +205,8 @@ def pretokenise(text, special):
     >>> [text[place:place + length] for place, length in zip(*pretokenise(text, special_pattern([])))]
     [b'We', b"'ve", b' ', b' 2', b' dogs']
     """
-    padded = bytearray(text + b"\0")   # a byte more, which begins a word of its own kind: the end
-    byte = np.frombuffer(padded, np.uint8)
+    padded = bytearray(text + b"\0")         # a byte more, of a kind of its own: the end
+    byte = np.frombuffer(padded, np.uint8)   # shares its memory with padded
     kinds = kind_of_byte(byte)
     kinds[-1] = SPECIAL + 2
     for i, match in enumerate(special.finditer(text)):
@@ -219,9 +219,9 @@ def pretokenise(text, special):
 
     # 2. White space before a word (not before a special token or the end): its last character joins the word if it is a
     # space, else it is a word by itself.
-    last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] < SPECIAL))   # its last byte
+    last = np.flatnonzero(begins[1:] & (kinds[:-1] == SPACE) & (kinds[1:] < SPECIAL))   # that character's last byte
     begins[last + 1] = byte[last] != ord(" ")
-    for _ in range(2):   # go back to its first byte: U+00A0 has two, U+3000 has three
+    for _ in range(2):   # go back to that character's first byte: U+00A0 has two, U+3000 has three
         last -= byte[last] & 0xC0 == 0x80
     begins[last] = True
 
@@ -260,8 +260,8 @@ def distinct_words(text, special):
     # A word of 16 bytes or more gets its place as `low`, so it equals no other of them. It equals no shorter word,
     # either: these have 0xFF as their last byte.
     np.copyto(low, places, where=lengths > 15)
-    # Sort so that equal words become neighbours. Each number is half of a hash, then the index of the word: so np.sort
-    # does the work of np.argsort in a third of the time.
+    # Sort so that equal words become neighbours. The high 32 bits of each number are half of a hash, the low ones the
+    # index of the word: so np.sort does the work of np.argsort in a third of the time.
     hashes = low * 0x1E3779B97F4A7C15 ^ high * 0x42B2AE3D27D4EB4F
     order = np.sort(hashes >> 32 << 32 | np.arange(len(places))) & 0xFFFFFFFF
     # Neighbours are compared exactly. Words with the same half of a hash may alternate: then a word is listed more than
@@ -299,7 +299,7 @@ def cut_pattern(specials):
                   | (?<=\S\s)  # but not behind white space beyond ASCII, whose bytes \S takes for signs
                     (?<!\xc2[\x85\xa0]\s)
                     (?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s) )"""
-    # A match inside a special token is refused. It ends, for example, between b"<|end|" and b">".
+    # A match inside a special token is refused: one that ends, for example, between b"<|end|" and b">".
     inside = [b"(?!(?<=%s)%s)" % (re.escape(token[:match.end()]), re.escape(token[match.end():]))
               for token in specials for match in re.finditer(place, token)]
     return re.compile(place + b"".join(inside))
@@ -358,7 +358,7 @@ def run_task(task):
 
 @contextmanager
 def ctrl_c_held_back():
-    """Deliver Ctrl-C only after the block: it must not hit a process while that is being started."""
+    """Deliver Ctrl-C only after the block: it must not reach a worker before that ignores it."""
     if not hasattr(signal, "pthread_sigmask"):   # Windows
         yield
         return
@@ -400,7 +400,7 @@ SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 def progress(phase, state=""):
     """Show on a terminal how far a phase has come, ten times a second; the next line that is printed replaces it.
 
-    Adds to this phase the time since the last call, whichever phase that was for.
+    The time since the last call, whichever phase that was for, is added to this phase.
     """
     before, now = SECONDS.total(), time.perf_counter() - BEGIN
     SECONDS[phase] += now - before
@@ -438,22 +438,23 @@ class Segmentation:
     """Many words cut into tokens. There is a cell for each byte, and a gap before, between and after the words.
 
     token[i] is the token that begins at cell i, or -1 in a gap and inside a token. Tokens are numbered: the bytes, then
-    what the merges make, in the order in which they are made. next[i] and previous[i] are the cells of its neighbours,
-    or of gaps. So this is a linked list of tokens, in arrays: many places can be merged at once. word[i] is the number
-    of the word, from 1; gaps lists the cells of the gaps. "low" and "lo" after the merge of o w:
+    what the merges make, as they are made. next[i] and previous[i] are the cells where the tokens beside it begin, or
+    of gaps; inside a token they are out of date. So this is a linked list of tokens, in arrays: many places can be
+    merged at once. word[i] is the number of the word, from 1; a gap has that of the word behind it. gaps: the cells of
+    the gaps. "low" and "lo" after the merge of o w:
 
         cell          0    1    2    3    4    5    6    7
         byte               l    o    w         l    o
         token        -1    l   ow   -1   -1    l    o   -1
         next               2    4              6    7
         previous           0    1              4    5
-        word               1    1              2    2
+        word          1    1    1    1    2    2    2    3
     """
 
     def __init__(self, words):
-        """words: bytes objects, UTF-8."""
+        """words: bytes objects without the byte 0xFF, which UTF-8 never has: it marks the gaps."""
         cells = np.frombuffer(b"\xff" + b"\xff".join(words) + b"\xff", np.uint8)
-        gap = cells == 0xFF   # a byte that UTF-8 never has
+        gap = cells == 0xFF
         self.token = np.where(gap, np.int32(-1), cells)
         self.next = np.arange(1, len(cells) + 1, dtype=np.int32)
         self.previous = self.next - 2
@@ -472,9 +473,9 @@ class Segmentation:
         return self.token[places].astype(np.int64) << 32 | self.token[self.next[places]]   # negative if one is -1
 
     def group_by_pair(self, places, weight):
-        """Yield (pair, count, places) for each pair that begins at these places, the most frequent one first.
+        """Yield (pair, occurs, places) for each pair that begins at these places, the most frequent one first.
 
-        weight: by the number of a word, how often it counts. The places of a pair come in no order.
+        weight[n]: how often word n counts. The places of a pair come in no order.
         """
         pairs = self.pairs(places)
         order = pairs.argsort()
@@ -493,10 +494,11 @@ class Segmentation:
         return [raw[start:stop] for start, stop in zip(stops, stops[1:])]
 
     def merge(self, new, places):
-        """Merge the pairs that begin at `places` and do not overlap. new: one token for all, or one for each place.
+        """Merge the pairs that begin at `places`, of which none may overlap (see apart). new: one token for all, or one
+        for each place.
 
         Returns where new pairs begin: at `places` and at the left neighbours. At some of these none begins: gaps,
-        ends of words, and right parts of other pairs that have just been merged.
+        ends of words, and cells that are now inside a token, as in x y x y.
         """
         before, right = self.previous[places], self.next[places]
         after = self.next[right]   # where the next token begins, or a gap
@@ -507,7 +509,9 @@ class Segmentation:
         return np.concatenate((places, before))
 
     def apart(self, pair, places):
-        """The places of a pair without those where it overlaps with itself: of x x x x, the pairs at 0 and 2 stay."""
+        """The places of a pair that merge_pair would merge: in x x x x, where x x begins three times, the first and the
+        third. Only a pair of equal tokens can overlap with itself.
+        """
         if pair >> 32 == pair & 0xFFFFFFFF:
             kept = set()
             for place in sorted(places.tolist()):
@@ -525,72 +529,77 @@ class Descending(tuple):
 
 
 def learn_merges(counts, num_merges):
-    """plain_train, many pairs at a time. What it does in each round, and what is done here instead:
+    """plain_train, many pairs at a time, for counts of 1 or more. What is done instead of its steps:
 
-    - It counts all pairs. Here the places of a pair are collected when the newer of its two tokens is made. Later
-      merges can only take places away.
-    - max(pairs): a heap. The count of a pair on the heap is an upper bound. When the pair comes to the top, it is
-      counted again. If it has lost places, it goes back with its true count.
-    - merge_pair in each word: one Segmentation.merge, for all pairs from the top of the heap down to the first one that
-      shares a word with another. A merge leaves all other words as they are. So these give the same in any order, but
-      a pair that the first of them makes may be more frequent than the second. So a merged pair goes back on the heap
-      and waits for its turn: only then its merge is listed, and the pairs that it has made go on the heap. One round
-      merges 20 pairs on average, which makes 32,000 merges 1.4 times as fast.
+    - Count all pairs: the places of a pair are collected when the newer of its two tokens is made. Later merges can
+      only take places away.
+    - max(pairs): a heap. A count on the heap is an upper bound. When a pair comes to the top, it is counted again. If
+      it has lost places, it goes back with its true count.
+    - merge_pair in each word: one Segmentation.merge for a batch: the pairs from the top of the heap down to the first
+      one that shares a word with the batch. A merge leaves all other words as they are, so for the words the order
+      within a batch does not matter. But a pair that the first of the batch makes may come before the second: most
+      often it is as frequent, and lexicographically greater. So a merged pair goes back on the heap. When it comes to
+      the top again, its merge is listed, and the pairs that it has made go on the heap. A batch has 45 pairs on
+      average, which makes 32,000 merges 1.8 times as fast.
 
-    Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. A merged pair
-    occurs at least `floor` times, so none of these is more frequent. When the heap is empty, as at the start, all
-    pairs are counted, and the floor becomes a sixteenth of the highest count, at least 1. If the heap stays empty, no
-    pair is left. This makes 10,000 merges 1.5 times as fast.
+    Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. All that are on it
+    occur at least that often, so they come first. When the heap is empty, as at the start, all pairs are counted, and
+    the floor becomes a sixteenth of the highest count, at least 1. If the heap stays empty, no pair is left. This makes
+    32,000 merges 1.3 times as fast.
 
     counts is emptied as soon as the arrays have it all, for the memory.
     """
     corpus = Segmentation(counts)
     weight = np.array([0, *counts.values()])   # how often each word occurs; word 0 does not exist
-    taken = np.zeros_like(weight)              # for each word, the last round that merged a pair in it
+    taken = np.zeros_like(weight)              # for each word, the size of vocab before the last batch it was in
     counts.clear()
-    # On the heap: (-count, parts, pair, places), or (-count, parts, -1, entries of new pairs) for one that is merged.
+    # On the heap: (-count, parts, pair, places); or (-count, parts, -1, entries of the pairs it made) for a merged one.
+    # No two have the same parts, so places are never compared.
     vocab, merges, heap = list(BYTES), [], []
 
-    def note(places):
-        """Make entries of the pairs that begin here, for the heap or, after a merge, for its own entry in `made`."""
+    def add_pairs(places):
+        """Make entries of the pairs that begin at these places. After a merge, the entry of the newer token, which made
+        them, keeps them.
+        """
         nonlocal floor
         for pair, occurs, group in corpus.group_by_pair(places, weight):
-            floor = floor or occurs // 16 or 1
+            floor = floor or occurs // 16 or 1   # if it is 0: the first pair is the most frequent one
             if occurs < floor:
                 break
             left, right = pair >> 32, pair & 0xFFFFFFFF
-            heappush(made[max(left, right)][3] if made else heap,
+            heappush(batch[max(left, right)][3] if batch else heap,
                      (-occurs, Descending((vocab[left], vocab[right])), pair, group))
 
     while len(merges) < num_merges:
-        base, made, apart = len(vocab), {}, []   # made: {new token: the entry of its merge}
-        while heap and heap[0][2] >= 0:          # take pairs to merge, up to one that is merged and has its turn
-            bound, parts, pair, places = heappop(heap)
+        size, batch, batch_places = len(vocab), {}, []   # batch: {new token: the entry of its merge}
+        while heap and heap[0][2] >= 0:                  # fill the batch, down to a pair that is merged already
+            minus_bound, parts, pair, places = heappop(heap)
             places = places[corpus.pairs(places) == pair]
             words = corpus.word[places]
             occurs = weight[words].sum()
-            if occurs == -bound and taken[words].max() < base:
-                taken[words] = base
-                made[len(vocab)] = bound, parts, -1, []
+            if occurs == -minus_bound and taken[words].max() < size:
+                taken[words] = size
+                batch[len(vocab)] = minus_bound, parts, -1, []
                 vocab.append(b"".join(parts))
-                apart.append(corpus.apart(pair, places))
+                batch_places.append(corpus.apart(pair, places))
             elif occurs >= floor:
                 heappush(heap, (-occurs, parts, pair, places))
-                if occurs == -bound:
-                    break   # it shares a word with another
-        if made:
-            note(corpus.merge(np.repeat([*made], [*map(len, apart)]), np.concatenate(apart)))
-            for entry in made.values():
+                if occurs == -minus_bound:
+                    break   # it shares a word with the batch
+        if batch:
+            # np.repeat: the new token for each place
+            add_pairs(corpus.merge(np.repeat([*batch], [*map(len, batch_places)]), np.concatenate(batch_places)))
+            for entry in batch.values():
                 heappush(heap, entry)
-        elif heap:
+            progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
+        elif heap:   # a merged pair is at the top
             _, parts, _, new_pairs = heappop(heap)
             merges.append(tuple(parts))
             for entry in new_pairs:
                 heappush(heap, entry)
-            progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
-        else:
+        else:   # no pair that occurs at least `floor` times is left
             floor = 0
-            note(corpus.begins())
+            add_pairs(corpus.begins())
             if not heap:
                 break
     return merges
@@ -655,7 +664,7 @@ class Tokenizer:
         # For each token in the order of `numbers`: its id. For each merge: its pair.
         self.ids = np.fromiter(map(ids.get, self.numbers), self.dtype)
         self.pairs = np.array([self.numbers[left] << 32 | self.numbers[right] for left, right in self.merges] + [NEVER])
-        # NEVER, the last one, is above all that merge_words looks for.
+        # NEVER, the last one, is greater than any pair, so merge_words always finds an index.
         self.sorted_pairs, self.order = np.unique(self.pairs, return_index=True)
         self.special_ids = {token: ids[token].to_bytes(self.dtype.itemsize, "little")
                             for token in map(utf8, self.special_tokens)}
@@ -718,7 +727,7 @@ class Tokenizer:
 
         Each round merges one pair in each word: the pair of lowest rank, the leftmost if there are several. (The
         definition merges all of these at once. The result is the same: a pair with the new token has a higher rank, see
-        made_by, so the rest of these come first.)
+        made_by, so the other places of the same pair come first.)
         Rank and place stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s),
         1 (es, t), 2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
 
@@ -736,7 +745,7 @@ class Tokenizer:
             pairs = corpus.pairs(changed)
             ranks = self.order[np.searchsorted(self.sorted_pairs, pairs)]
             key[changed] = np.where(self.pairs[ranks] == pairs, ranks << 32 | changed, NEVER)
-            best = np.minimum.reduceat(key, gaps)  # from gap to gap; in words that are done all are NEVER
+            best = np.minimum.reduceat(key, gaps)  # up to the next of `gaps`; words that are done have only NEVER
             mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
@@ -767,7 +776,7 @@ class Tokenizer:
         """
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
-        new = sorted({*words}.difference(self.cache), key=len)   # words of like length share a group
+        new = sorted({*words}.difference(self.cache), key=len)   # so the long ones are in groups of their own
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group)
@@ -1095,7 +1104,7 @@ def main():
             for path, content in zip(tables, contents):
                 path.write_bytes(content)
             train_tokens = tokenizer.write_ids(text, 0, train_stop, train_bin, num_processes)
-            speed = train_stop / 1e6 / SECONDS["encoding"]
+            speed = train_stop / 1e6 / SECONDS["encoding"]   # later, that includes the validation text
             val_text = val_data or text
             val_start = 0 if val_data else train_stop
             val_tokens = tokenizer.write_ids(val_text, val_start, None, val_bin, num_processes)
