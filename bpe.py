@@ -437,11 +437,12 @@ def in_blocks(phase, function, path, cut, start, stop, num_processes):
 class Segmentation:
     """Many words cut into tokens. There is a cell for each byte, and a gap before, between and after the words.
 
-    token[i] is the token that begins at cell i, or -1 in a gap and inside a token. Tokens are numbered: the bytes, then
-    what the merges make, as they are made. next[i] and previous[i] are the cells where the tokens beside it begin, or
-    of gaps; inside a token they are out of date. So this is a linked list of tokens, in arrays: many places can be
-    merged at once. word[i] is the number of the word, from 1; a gap has that of the word behind it. gaps: the cells of
-    the gaps. "low" and "lo" after the merge of o w:
+    token[i] is the token that begins at cell i, or -1 in a gap and inside a token. Tokens are numbers: the bytes, then
+    those that merges make, in the order in which they are made. next[i] and previous[i] are the cells where the tokens
+    to the right and left begin; at the ends of a word, the cells of the gaps. Inside a token they are out of date, and
+    in gaps they are not used. So this is a linked list of tokens, in arrays: many places can be merged at once. word[i]
+    is the number of the word, from 1; a gap has that of the word to its right. gaps: the cells of the gaps. "low" and
+    "lo" after the merge of o w:
 
         cell          0    1    2    3    4    5    6    7
         byte               l    o    w         l    o
@@ -529,37 +530,38 @@ class Descending(tuple):
 
 
 def learn_merges(counts, num_merges):
-    """plain_train, many pairs at a time, for counts of 1 or more. What is done instead of its steps:
+    """plain_train, many pairs at a time, for counts of 1 or more. Each step of plain_train, and what replaces it:
 
-    - Count all pairs: the places of a pair are collected when the newer of its two tokens is made. Later merges can
+    - "Count the pairs": the places of a pair are collected when the newer of its two tokens is made. Later merges can
       only take places away.
-    - max(pairs): a heap. A count on the heap is an upper bound. When a pair comes to the top, it is counted again. If
-      it has lost places, it goes back with its true count.
-    - merge_pair in each word: one Segmentation.merge for a batch: the pairs from the top of the heap down to the first
-      one that shares a word with the batch. A merge leaves all other words as they are, so for the words the order
-      within a batch does not matter. But a pair that the first of the batch makes may come before the second: most
-      often it is as frequent, and lexicographically greater. So a merged pair goes back on the heap. When it comes to
-      the top again, its merge is listed, and the pairs that it has made go on the heap. A batch has 45 pairs on
-      average, which makes 32,000 merges 1.8 times as fast.
+    - "Merge the most frequent": a heap. A count on the heap is an upper bound. When a pair comes to the top, it is
+      counted again. If it has lost places, it goes back with its true count.
+    - "everywhere": one Segmentation.merge for a batch of pairs. The batch is filled from the top of the heap. It ends
+      before a pair that shares a word with it, or that is merged already. As its pairs share no word, no merge changes
+      the places of another. But their order in the list is still open: a pair that the first one makes may come before
+      the second; most often it is as frequent, and lexicographically greater. (It lies in words of the first one, so it
+      does not change the second.) So a merged pair goes back on the heap. When it is at the top again, its merge is
+      listed, and the pairs that it has made go on the heap. A batch has 45 pairs on average, which makes 32,000 merges
+      1.8 times as fast.
 
-    Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it. All that are on it
-    occur at least that often, so they come first. When the heap is empty, as at the start, all pairs are counted, and
-    the floor becomes a sixteenth of the highest count, at least 1. If the heap stays empty, no pair is left. This makes
-    32,000 merges 1.3 times as fast.
+    Pairs that occur less than `floor` times, the great majority, stay off the heap, or leave it when they are counted
+    again. They come after all others, so they can wait. When the heap is empty, as at the start, all pairs are counted,
+    and the floor becomes a sixteenth of the highest count, at least 1. If the heap stays empty, no pair is left. This
+    makes 32,000 merges 1.3 times as fast.
 
     counts is emptied as soon as the arrays have it all, for the memory.
     """
     corpus = Segmentation(counts)
     weight = np.array([0, *counts.values()])   # how often each word occurs; word 0 does not exist
-    taken = np.zeros_like(weight)              # for each word, the size of vocab before the last batch it was in
+    taken = np.zeros_like(weight)              # for each word, the number of the last batch that merged in it
     counts.clear()
     # On the heap: (-count, parts, pair, places); or (-count, parts, -1, entries of the pairs it made) for a merged one.
     # No two have the same parts, so places are never compared.
     vocab, merges, heap = list(BYTES), [], []
 
     def add_pairs(places):
-        """Make entries of the pairs that begin at these places. After a merge, the entry of the newer token, which made
-        them, keeps them.
+        """Make entries of the pairs that begin at these places: on the heap or, after a merge, in the entry of the pair
+        whose new token they contain.
         """
         nonlocal floor
         for pair, occurs, group in corpus.group_by_pair(places, weight):
@@ -571,14 +573,15 @@ def learn_merges(counts, num_merges):
                      (-occurs, Descending((vocab[left], vocab[right])), pair, group))
 
     while len(merges) < num_merges:
-        size, batch, batch_places = len(vocab), {}, []   # batch: {new token: the entry of its merge}
-        while heap and heap[0][2] >= 0:                  # fill the batch, down to a pair that is merged already
+        # The batch: its number, {new token: the entry of its merge}, and the places of each.
+        number, batch, batch_places = len(vocab), {}, []
+        while heap and heap[0][2] >= 0:   # down to a pair that is merged already
             minus_bound, parts, pair, places = heappop(heap)
             places = places[corpus.pairs(places) == pair]
             words = corpus.word[places]
             occurs = weight[words].sum()
-            if occurs == -minus_bound and taken[words].max() < size:
-                taken[words] = size
+            if occurs == -minus_bound and taken[words].max() < number:
+                taken[words] = number
                 batch[len(vocab)] = minus_bound, parts, -1, []
                 vocab.append(b"".join(parts))
                 batch_places.append(corpus.apart(pair, places))
@@ -728,8 +731,8 @@ class Tokenizer:
         Each round merges one pair in each word: the pair of lowest rank, the leftmost if there are several. (The
         definition merges all of these at once. The result is the same: a pair with the new token has a higher rank, see
         made_by, so the other places of the same pair come first.)
-        Rank and place stand in one key, so one minimum for each word finds both. Three words and the merges 0 (e, s),
-        1 (es, t), 2 (l, o), 3 (lo, w). A gap is shown as a dot, and the rank of a pair below its left token:
+        Rank and place stand in one key, so one minimum for each word finds both. An example: three words, and the
+        merges 0 (e, s), 1 (es, t), 2 (l, o), 3 (lo, w). A dot is a gap. The rank of a pair is below its left token:
 
             cells      . l  o w . l  o w e r . n e w e  s t .
             rank         2        2                  0          minima: 2, 2, 0
@@ -737,7 +740,7 @@ class Tokenizer:
             rank         3        3                  1          minima: 3, 3, 1
             round 2    . low    . low    e r . n e w est    .   no pair has a rank: all three words are done
 
-        A loop in plain Python would take 7 microseconds a word, and a millisecond for one of 130 letters.
+        A loop in plain Python would take 7 microseconds a word, and a millisecond for a word of 130 letters.
         """
         key = np.full(len(corpus.token), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
         gaps, changed = corpus.gaps, corpus.begins()   # gaps: before each word not done; at first the last one, too
@@ -749,7 +752,7 @@ class Tokenizer:
             mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
-            key[corpus.next[places]] = NEVER
+            key[corpus.next[places]] = NEVER       # no pair begins at the right part now
             changed = corpus.merge(256 + (best >> 32), places)
 
     def replay(self, corpus):
@@ -766,7 +769,7 @@ class Tokenizer:
 
         note(corpus.begins())
         for new, pair in enumerate(self.pairs.tolist(), 256):
-            if pair in places_of:   # the pairs that this merge makes contain `new`, and have higher ranks: see made_by
+            if pair in places_of:   # what this merge makes contains `new`, so it comes later in this loop: see made_by
                 places = places_of.pop(pair)
                 note(corpus.merge(new, corpus.apart(pair, places[corpus.pairs(places) == pair])))
 
