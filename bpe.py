@@ -660,7 +660,7 @@ class Tokenizer:
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
             require(token.isascii() or {*token} - {*CHARACTERS},
-                    f"the special token {token!r} reads like an ordinary one: write it in ASCII, or is merges.txt cut?")
+                    f"the special token {token!r} reads like an ordinary one: write it in ASCII (or merges.txt is cut)")
         self.vocab = {token_id: token for token, token_id in ids.items()}
 
         self.dtype = np.dtype("<u2" if len(ids) <= 65536 else "<u4")
@@ -994,7 +994,7 @@ def only_run_in(folder):
         lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
     except sqlite3.DatabaseError as error:
         raise BlockingIOError(
-            f"another run is at work in {folder}, or it cannot be locked ({error}): wait, or choose another") from None
+            f"another run is at work in {folder}, or it can't be locked ({error}): wait, or take another one") from None
     with closing(lock):
         yield
 
