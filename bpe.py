@@ -994,7 +994,8 @@ def only_run_in(folder):
         lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")   # no file beside .lock
     except sqlite3.DatabaseError as error:
         raise BlockingIOError(
-            f"another run is at work in {folder}, or it can't be locked ({error}): wait, or take another one") from None
+            f"another run is at work in {folder}, or it cannot be locked ({error}): wait, or choose another folder"
+        ) from None
     with closing(lock):
         yield
 
@@ -1043,7 +1044,7 @@ def find_text(document_end):
     files = real_files(glob.glob(data, recursive=True) if data else library) - own_files() - real_files([val_data])
     if not files:
         raise FileNotFoundError(
-            f"--data={data!r}: no file has this name or matches this pattern; for all of a folder, write 'folder/**/*'")
+            f"--data={data!r}: no file has this name or matches this pattern; for a whole folder, write 'folder/**/*'")
     return collect(files, f"{data_dir}/corpus.txt", document_end)
 
 
@@ -1127,7 +1128,7 @@ encoding: {speed:.1f} MB/s; the Pile (825 GB) would take {825e3 / speed / 3600:.
 wrote vocab.json ({len(tokenizer.vocab):,} tokens), merges.txt, train.bin ({train_tokens:,} ids, \
 {tokenizer.dtype.name}) and val.bin ({val_tokens:,}) into {data_dir}""")
     if not tokenizer_dir and len(tokenizer.vocab) < vocab_size:
-        print(f"the text has no more pairs to merge: the vocabulary is smaller than --vocab_size={vocab_size}")
+        print(f"the text has no more pairs: the vocabulary has {len(tokenizer.vocab)} tokens instead of {vocab_size}")
     if val_tokens < 257:
         print(f"warning: {val_tokens} ids are too few to validate a context of 256: name a longer text with --val_data",
               file=sys.stderr)
