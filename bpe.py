@@ -377,8 +377,8 @@ def in_parallel(function, tasks, num_processes):
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_processes = min(num_processes or cores, len(tasks), 61)   # Windows cannot wait for more processes
+    keep_freed_memory()
     if num_processes < 2:
-        keep_freed_memory()
         yield from map(function, tasks)
         return
     kind_of_code_point()   # now, so that workers that are forked have it already
@@ -476,16 +476,16 @@ class Segmentation:
         buckets, many pairs in one. Where a bucket has `floor` or less, none of its pairs has more, and its places need
         not be sorted.
         """
+        bucket = self.pair[places] % (len(places) | 1)
+        places = places[(np.bincount(bucket, weight[self.word[places]]) > floor)[bucket]]
+        del bucket   # for the memory
+        places = places[self.pair[places].argsort()]
         pairs = self.pair[places]
-        weights = weight[self.word[places]] * (pairs >= 0)
-        bucket = pairs % (len(pairs) | 1)
-        often = np.flatnonzero(np.bincount(bucket, weights)[bucket] > floor)
-        order = often[pairs[often].argsort()]
-        pairs, starts = np.unique(pairs[order], return_index=True)
-        places, bounds = places[order], [*starts.tolist(), len(order)]
-        occurs = np.add.reduceat(weights[order], starts)
+        starts = np.flatnonzero(changes(pairs) & (pairs >= 0))   # the negative ones come first: no pair begins there
+        bounds = np.append(starts, len(places))
+        occurs = np.add.reduceat(weight[self.word[places]], starts)
         for i in np.flatnonzero(occurs > floor).tolist():
-            yield pairs[i], occurs[i], places[bounds[i]:bounds[i + 1]]
+            yield pairs[bounds[i]], occurs[i], places[bounds[i]:bounds[i + 1]]
 
     def ids_of_words(self, ids):
         """The ids of each word's tokens, a list of bytes objects. ids: an array with the id of each token."""
