@@ -55,7 +55,7 @@ tokenizer_dir = ""                 # encode with this folder's tokenizer and spe
 num_processes = 0                  # worker processes; 0: one for each core
 
 OUTPUTS = "vocab.json", "merges.txt", "train.bin", "val.bin"   # and corpus.txt, unless --data names a file
-BLOCK = 1 << 21    # bytes of text, at least, in one pass of the array code, and in one task of a worker process
+BLOCK = 1 << 21    # bytes of text, then on to a place to cut, in one pass of the array code and one task of a worker
 TOGETHER = 2048    # new words in one call of Tokenizer.merge_words
 LONG = 512         # a group of new words goes to Tokenizer.replay if one of them has more bytes than this
 CACHE = 3 << 24    # bytes of the words whose ids a tokenizer remembers; with more, it forgets all
@@ -79,7 +79,7 @@ def special_pattern(specials):
     """
     require(all(len(token) > 1 for token in specials),
             f"special tokens {[*specials]}: one is empty, which matches everywhere, or a single byte, which is a token")
-    # In reverse order, a token stands before the beginnings of itself, so the longer one is tried first. Without any
+    # In reverse order, a token stands before its own prefixes, so the longer one is tried first. Without any
     # token, the pattern is the byte 0xFF, which UTF-8 never has.
     return re.compile(b"(%s)" % (b"|".join(map(re.escape, sorted(specials, reverse=True))) or b"\xff"))
 
@@ -140,7 +140,7 @@ def plain_train(counts, num_merges):
 
 
 def plain_encode(word, merges):
-    """The tokens of a word (bytes), list[bytes]. Of its pairs, merge the one learnt first, until none was learnt.
+    """The tokens of a word (bytes), list[bytes]. While some of its pairs are merges: merge the one learnt first.
 
     >>> plain_encode(b"lowest", [(b"s", b"t"), (b"e", b"st"), (b"o", b"w")])
     [b'l', b'ow', b'est']
@@ -163,7 +163,7 @@ SPACE, SPECIAL = 1, 4
 def kind_of_code_point():
     """The kind of each code point below 0x40000, as the pattern's own engine sees it: (0x40000,) uint8.
 
-    All beyond are of kind 0.
+    All beyond are of kind 0, like the last one.
     """
     kinds = np.zeros(0x40000, np.uint8)
     for run in regex.finditer(r"(\s+)|(\p{L}+)|(\p{N}+)", "".join(map(chr, range(0x40000)))):
@@ -258,7 +258,7 @@ def distinct_words(text, special):
     low |= -1 << 8 * lengths
     high |= -1 << 8 * np.maximum(lengths - 8, 0)
     # A word of 16 bytes or more gets its place as `low`, so it equals no other of them. It equals no shorter word,
-    # either: these have 0xFF as their last byte.
+    # either: the 16th byte of these is 0xFF.
     np.copyto(low, places, where=lengths > 15)
     # Sort so that equal words become neighbours. The high 32 bits of each number are half of a hash, the low ones the
     # index of the word: so np.sort does the work of np.argsort in a third of the time.
@@ -283,10 +283,10 @@ def utf8(text):
 def cut_pattern(specials):
     """The compiled pattern of where UTF-8 may be cut without changing a token; it matches the character after the cut.
 
-    A text may be cut where no word goes on: before white space that follows anything else; and after an ASCII letter or
-    digit, before a visible ASCII character of another kind. PATTERN never looks back, and ahead only from white space,
-    so the words on both sides stay as they are. A special token is not cut: in "<|end|>", the second bar would be such
-    a place.
+    A text may be cut where no word goes on: before white space that follows something else; and after an ASCII letter
+    or digit, before a visible ASCII character of another kind. PATTERN never looks back, and ahead only from white
+    space, so the words on both sides stay as they are. A special token is not cut: in "<|end|>", the second bar would
+    be such a place.
 
     >>> cut_pattern([b"<|end|>"]).sub(rb"/\\g<0>", b"x=31; a  dog's<|end|>")
     b"x/=31/;/ a/  dog/'s/<|end|>"
@@ -299,14 +299,14 @@ def cut_pattern(specials):
                   | (?<=\S\s)  # but not behind white space beyond ASCII, whose bytes \S takes for signs
                     (?<!\xc2[\x85\xa0]\s)
                     (?<!\xe1\x9a\x80\s|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]\s|\xe2\x81\x9f\s|\xe3\x80\x80\s) )"""
-    # A match inside a special token is refused: one that ends, for example, between b"<|end|" and b">".
+    # A match inside a special token is refused: for example, one that ends behind b"<|end|" and before b">".
     inside = [b"(?!(?<=%s)%s)" % (re.escape(token[:match.end()]), re.escape(token[match.end():]))
               for token in specials for match in re.finditer(place, token)]
     return re.compile(place + b"".join(inside))
 
 
 def pieces(text, cut, size, start, stop):
-    """Cut bytes start..stop of a text into (start, stop), each to the first place after `size` bytes that `cut` allows.
+    """Yield the bounds of pieces of bytes start..stop of a text, each up to the first cut after `size` bytes.
 
     text: bytes, or a file as an mmap.
 
@@ -398,7 +398,7 @@ SECONDS, MALFORMED, BEGIN = Counter(), Counter(), time.perf_counter()
 
 
 def progress(phase, state=""):
-    """Show on a terminal how far a phase has come, ten times a second; the next line that is printed replaces it.
+    """Show on a terminal how far a phase has come; the next line that is printed replaces it.
 
     The time since the last call, whichever phase that was for, is added to this phase.
     """
@@ -437,10 +437,10 @@ class Segmentation:
     """Many words cut into tokens. There is a cell for each byte, and a gap before, between and after the words.
 
     token[i] is the token that begins at cell i, or -1 in a gap and inside a token. Tokens are numbers: the bytes, then
-    those that merges make, in the order in which they are made. pair[i] is the pair that begins at cell i, a token and
+    those that merges make, as they are made. pair[i] is the pair that begins at cell i, a token and
     its right neighbour: left << 32 | right. It is negative where no pair begins: at the end of a word, in a gap and
     inside a token. next[i] and previous[i] are the cells where the tokens to the right and left begin; at the ends of a
-    word, the cells of the gaps. Inside a token they are out of date, and in gaps they are not used. So this is a linked
+    word, the cells of the gaps. Inside a token and in gaps they mean nothing. So this is a linked
     list of tokens, in arrays: many places can be merged at once. word[i] is the number of the word, from 1; a gap has
     that of the word to its right. gaps: the cells of the gaps. "low" and "lo" after the merge of o w:
 
@@ -476,7 +476,7 @@ class Segmentation:
         buckets, many pairs in one. Where a bucket has `floor` or less, none of its pairs has more, and its places need
         not be sorted.
         """
-        bucket = self.pair[places] % (len(places) | 1)
+        bucket = self.pair[places] % (len(places) | 1)   # an odd number, so that both tokens of a pair count
         places = places[(np.bincount(bucket, weight[self.word[places]]) > floor)[bucket]]
         del bucket   # for the memory
         places = places[self.pair[places].argsort()]
@@ -498,8 +498,8 @@ class Segmentation:
         """Merge the pairs that begin at `places`, of which none may overlap (see apart). new: one token for all, or one
         for each place.
 
-        Returns where new pairs begin: at `places` and at the left neighbours. At some of these none begins: gaps,
-        ends of words, and cells that are now inside a token, as in x y x y.
+        Returns where new pairs begin, no cell twice: at `places` and at the left neighbours. At some of these none
+        begins: gaps, ends of words, and cells that are now inside a token, as in x y x y.
         """
         before, right = self.previous[places], self.next[places]
         after = self.next[right]   # where the next token begins, or a gap
@@ -530,11 +530,11 @@ def learn_merges(counts, num_merges):
     - "Count the pairs": the places of a pair are collected when the newer of its two tokens is made. Later merges can
       only take places away.
     - "Merge the most frequent": the last one of a sorted queue. A count in the queue is an upper bound. When a pair is
-      taken from the end, it is counted again. If it has lost places, it goes back with its true count.
+      taken from the end, it is counted again. If it has lost places, its true count decides anew.
     - "everywhere": one Segmentation.merge for a batch of pairs. The batch is filled from the end of the queue, down to
       a pair that shares a word with it, or that is merged already. As its pairs share no word, no merge changes the
       places of another. But their order in the list is still open: a pair that the first one makes may come before the
-      second; most often it is as frequent, and lexicographically greater. (It lies in words of the first one, so it
+      second, mostly because it is as frequent and lexicographically greater. (It lies in words of the first one, so it
       does not change the second.) So a merged pair goes back to the end of the queue. When it is taken again, its merge
       is listed, and the pairs that it has made go into the queue. A batch has 45 pairs on average, which makes 32,000
       merges three times as fast.
@@ -550,7 +550,7 @@ def learn_merges(counts, num_merges):
     taken = np.zeros_like(weight)              # for each word, the number of the last batch that merged in it
     counts.clear()
     # In the queue: (count, parts, pair, places); or (count, parts, -1, entries of the pairs it made) for a merged one.
-    # No two have the same parts, so places are never compared.
+    # Equal bytes are merged alike, so no two entries have the same parts, and places are never compared.
     vocab, merges, queue, floor = list(BYTES), [], [], weight.sum() // 16 + 1
 
     def add_pairs(places):
@@ -564,7 +564,7 @@ def learn_merges(counts, num_merges):
     while len(merges) < num_merges and (queue or floor):
         # The batch: its number, {new token: the entry of its merge}, and the places of each.
         number, batch, batch_places = len(vocab), {}, []
-        while queue and queue[-1][2] >= 0:   # down to a pair that is merged already; then `pair` is -1
+        while queue and queue[-1][2] >= 0:   # down to a pair that is merged already: it is -1 there
             bound, parts, pair, places = queue.pop()
             places = places[corpus.pair[places] == pair]
             words = corpus.word[places]
@@ -581,7 +581,7 @@ def learn_merges(counts, num_merges):
         if batch:
             # np.repeat: the new token for each place
             add_pairs(corpus.merge(np.repeat([*batch], [*map(len, batch_places)]), np.concatenate(batch_places)))
-            queue += reversed(batch.values())   # before all that is left in the queue
+            queue += reversed(batch.values())   # at the very end: all others come after them
             progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
         elif queue:   # a merged pair is at the end
             _, parts, _, new_pairs = queue.pop()
@@ -597,8 +597,8 @@ def learn_merges(counts, num_merges):
 
 # ------------------------------------------------------------------------------- 7. encoding, decoding, files, training
 
-# GPT-2 writes a byte as one visible character: itself if it is one in Latin-1, else the next of U+0100, U+0101, ...
-# (a space is U+0120).
+# GPT-2 writes a byte as one visible character: its own in Latin-1 if that is visible, else the next of U+0100, U+0101,
+# ... (a space is U+0120).
 OTHERS = map(chr, range(0x100, 0x200))
 CHARACTERS = [sign if sign.isprintable() and sign != " " else next(OTHERS) for sign in map(chr, range(256))]
 
@@ -730,12 +730,12 @@ class Tokenizer:
         A loop in plain Python would take 7 microseconds a word, and a millisecond for a word of 130 letters.
         """
         key = np.full(len(corpus.token), NEVER)    # of the pair that begins at a cell: rank << 32 | cell
-        gaps, changed = corpus.gaps, corpus.begins()   # gaps: before each word not done; at first the last one, too
+        gaps, changed = corpus.gaps, corpus.begins()   # gaps: one before each word not done; at first all
         while len(gaps):
             pairs = corpus.pair[changed]
             ranks = self.order[np.searchsorted(self.sorted_pairs, pairs)]
             key[changed] = np.where(self.pairs[ranks] == pairs, ranks << 32 | changed, NEVER)
-            best = np.minimum.reduceat(key, gaps)  # up to the next of `gaps`; words that are done have only NEVER
+            best = np.minimum.reduceat(key, gaps)  # from gap to gap; words in between that are done have only NEVER
             mergeable = best < NEVER
             gaps, best = gaps[mergeable], best[mergeable]
             places = best & 0xFFFFFFFF
@@ -766,7 +766,7 @@ class Tokenizer:
         """
         if self.cached > CACHE:
             self.cache, self.cached = dict(self.special_ids), 0
-        new = sorted({*words}.difference(self.cache), key=len)   # so the long ones are in groups of their own
+        new = sorted({*words}.difference(self.cache), key=len)   # so the long ones share few groups
         for i in range(0, len(new), TOGETHER):
             group = new[i:i + TOGETHER]
             corpus = Segmentation(group)
@@ -776,7 +776,7 @@ class Tokenizer:
         return [self.cache[word] for word in words]
 
     def count_words(self, text):
-        """The words of a text, a list, and how often each occurs there. Special tokens count as words here."""
+        """The list of distinct_words and how often each entry of it occurs. Special tokens count as words here."""
         words, index = distinct_words(text, self.special)
         return words, np.bincount(index).tolist()
 
@@ -990,7 +990,7 @@ def only_run_in(folder):
 # ----------------------------------------------------------------------------------------------------- the main program
 
 def collect(files, path, end):
-    """Write files into one, each with `end` behind it, in an order that is sorted and then shuffled by a fixed seed;
+    """Write files into one, each with `end` behind it, sorted and then shuffled by a fixed seed;
     return its path.
 
     So the end of the file, which is held out for validation, is a fair sample of all of them.
@@ -1038,7 +1038,7 @@ def find_text(document_end):
 def start_of_held_out(path, tokenizer, document_end):
     """Where the text for validation begins, in the last twentieth of a file, at most 10 MB from its end.
 
-    That is after the first document that ends there and has a text behind it or, if none does, between words.
+    That is after the first document that ends there with a text behind it or, if there is none, between words.
     """
     with mapped(path) as text:
         place = tokenizer.cut.search(text, len(text) - min(len(text) // 20, 10_000_000))   # in no special token
@@ -1089,7 +1089,7 @@ def main():
                                   tokenizer.special_tokens)
         contents, paths = tokenizer.file_contents(), [f"{data_dir}/{name}" for name in OUTPUTS]
         if [Path(path).read_bytes() for path in paths[:2] if os.path.exists(path)] == contents:
-            del paths[:2]   # they stay: the ids of the older run have the same meaning
+            del paths[:2]   # they stay: old ids mean the same; now train_bin is the first
         progress("vocabulary")
         with replacing(*paths) as (*tables, train_bin, val_bin):
             for path, content in zip(tables, contents):
