@@ -476,9 +476,10 @@ class Segmentation:
         buckets, many pairs in one. Where a bucket has `floor` or less, none of its pairs has more, and its places need
         not be sorted.
         """
-        bucket = self.pair[places] % (len(places) | 1)   # an odd number, so that both tokens of a pair count
-        places = places[(np.bincount(bucket, weight[self.word[places]]) > floor)[bucket]]
-        del bucket   # for the memory
+        if floor:
+            bucket = self.pair[places] % (len(places) | 1)   # an odd number, so that both tokens of a pair count
+            places = places[(np.bincount(bucket, weight[self.word[places]]) > floor)[bucket]]
+            del bucket   # for the memory
         places = places[self.pair[places].argsort()]
         pairs = self.pair[places]
         starts = np.flatnonzero(changes(pairs) & (pairs >= 0))   # the negative ones come first: no pair begins there
@@ -642,7 +643,7 @@ class Tokenizer:
         if wrong := {*range(len(vocab))} ^ {*ids.values()}:   # in one of the two, but not in both
             raise InputError(f"{len(vocab)} tokens must have the ids 0 to {len(vocab) - 1} and all differ: "
                              f"{min(wrong)} is missing, too large, or belongs to a token that is listed twice")
-        if missing := self.numbers.keys() - ids.keys():
+        if missing := {*self.numbers} - {*ids}:
             raise InputError(f"the vocabulary lacks {min(missing)!r}, which is a byte or made by a merge")
         self.special_tokens = {token: ids.setdefault(utf8(token), len(ids)) for token in special_tokens or ()}
         for token in self.special_tokens:
@@ -691,7 +692,7 @@ class Tokenizer:
                     tokens[line.replace(" ", "")] = b"".join(pair)
             # A token that is neither a byte nor made by a merge is special, and stands in the file as it is.
             vocab = {token_id: tokens.get(text) or utf8(text) for text, token_id in table.items()}
-            specials = sorted(table.keys() - tokens.keys(), key=table.get) if every_special else []
+            specials = sorted({*table} - {*tokens}, key=table.get) if every_special else []
             return cls(vocab, merges, [*(special_tokens or ()), *specials])
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{vocab_filepath} with {merges_filepath}: {error}") from None
