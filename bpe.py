@@ -79,8 +79,8 @@ def special_pattern(specials):
     """
     require(all(len(token) > 1 for token in specials),
             f"special tokens {[*specials]}: one is empty, which matches everywhere, or a single byte, which is a token")
-    # In reverse order, a token stands before its own prefixes, so the longer one is tried first. Without any
-    # token, the pattern is the byte 0xFF, which UTF-8 never has.
+    # In reverse order, a token stands before its own prefixes, so the longer one is tried first. Without any token, the
+    # pattern is the byte 0xFF, which UTF-8 never has.
     return re.compile(b"(%s)" % (b"|".join(map(re.escape, sorted(specials, reverse=True))) or b"\xff"))
 
 
@@ -437,12 +437,12 @@ class Segmentation:
     """Many words cut into tokens. There is a cell for each byte, and a gap before, between and after the words.
 
     token[i] is the token that begins at cell i, or -1 in a gap and inside a token. Tokens are numbers: the bytes, then
-    those that merges make, as they are made. pair[i] is the pair that begins at cell i, a token and
-    its right neighbour: left << 32 | right. It is negative where no pair begins: at the end of a word, in a gap and
-    inside a token. next[i] and previous[i] are the cells where the tokens to the right and left begin; at the ends of a
-    word, the cells of the gaps. Inside a token and in gaps they mean nothing. So this is a linked
-    list of tokens, in arrays: many places can be merged at once. word[i] is the number of the word, from 1; a gap has
-    that of the word to its right. gaps: the cells of the gaps. "low" and "lo" after the merge of o w:
+    those that merges make, as they are made. pair[i] is the pair that begins at cell i, a token and its right
+    neighbour: left << 32 | right. It is negative where no pair begins: at the end of a word, in a gap and inside a
+    token. next[i] and previous[i] are the cells where the tokens to the right and left begin; at the ends of a word,
+    the cells of the gaps. Inside a token and in gaps they mean nothing. So this is a linked list of tokens, in arrays:
+    many places can be merged at once. word[i] is the number of the word, from 1; a gap has that of the word to its
+    right. gaps: the cells of the gaps. "low" and "lo" after the merge of o w:
 
         cell          0    1    2    3    4    5    6    7
         byte               l    o    w         l    o
@@ -565,7 +565,7 @@ def learn_merges(counts, num_merges):
     while len(merges) < num_merges and (queue or floor):
         # The batch: its number, {new token: the entry of its merge}, and the places of each.
         number, batch, batch_places = len(vocab), {}, []
-        while queue and queue[-1][2] >= 0:   # down to a pair that is merged already: it is -1 there
+        while queue and queue[-1][2] >= 0:   # down to a pair that is merged already, which is -1
             bound, parts, pair, places = queue.pop()
             places = places[corpus.pair[places] == pair]
             words = corpus.word[places]
@@ -582,7 +582,7 @@ def learn_merges(counts, num_merges):
         if batch:
             # np.repeat: the new token for each place
             add_pairs(corpus.merge(np.repeat([*batch], [*map(len, batch_places)]), np.concatenate(batch_places)))
-            queue += reversed(batch.values())   # at the very end: all others come after them
+            queue += reversed(batch.values())   # to the end: they are greater than all others
             progress("merging pairs", f"{len(merges):,} of {num_merges:,}")
         elif queue:   # a merged pair is at the end
             _, parts, _, new_pairs = queue.pop()
