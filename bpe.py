@@ -437,12 +437,12 @@ class Segmentation:
     """Many words cut into tokens. There is a cell for each byte, and a gap before, between and after the words.
 
     token[i] is the token that begins at cell i, or -1 in a gap and inside a token. Tokens are numbers: the bytes, then
-    those that merges make, as they are made. pair[i] is the pair that begins at cell i, a token and its right
-    neighbour: left << 32 | right. It is negative where no pair begins: at the end of a word, in a gap and inside a
-    token. next[i] and previous[i] are the cells where the tokens to the right and left begin; at the ends of a word,
-    the cells of the gaps. Inside a token and in gaps they mean nothing. So this is a linked list of tokens, in arrays:
-    many places can be merged at once. word[i] is the number of the word, from 1; a gap has that of the word to its
-    right. gaps: the cells of the gaps. "low" and "lo" after the merge of o w:
+    one for each merge. pair[i] is the pair that begins at cell i, a token and its right neighbour: left << 32 | right.
+    It is negative where no pair begins: at the end of a word, in a gap and inside a token. next[i] and previous[i] are
+    the cells where the tokens to the right and left begin; at the ends of a word, the cells of the gaps. Inside a token
+    and in gaps they mean nothing. So this is a linked list of tokens, in arrays: many places can be merged at once.
+    word[i] is the number of the word, from 1; a gap has that of the word to its right. gaps: the cells of the gaps.
+    "low" and "lo" after the merge of o w:
 
         cell          0    1    2    3    4    5    6    7
         byte               l    o    w         l    o
@@ -477,7 +477,7 @@ class Segmentation:
         not be sorted.
         """
         if floor:
-            bucket = self.pair[places] % (len(places) | 1)   # an odd number, so that both tokens of a pair count
+            bucket = self.pair[places] % (len(places) | 1)   # odd, so that both tokens of a pair matter
             places = places[(np.bincount(bucket, weight[self.word[places]]) > floor)[bucket]]
             del bucket   # for the memory
         places = places[self.pair[places].argsort()]
@@ -526,17 +526,17 @@ class Segmentation:
 
 
 def learn_merges(counts, num_merges):
-    """plain_train, many pairs at a time, for counts of 1 or more. Each step of plain_train, and what replaces it:
+    """plain_train, many pairs at a time, for counts from 1, below 2**53 in all. What replaces its steps:
 
-    - "Count the pairs": the places of a pair are collected when the newer of its two tokens is made. Later merges can
-      only take places away.
+    - "Count the pairs": the places of a pair are collected when the newer of its two tokens is made, which happens
+      everywhere at once. Later merges can only take places away.
     - "Merge the most frequent": the last one of a sorted queue. A count in the queue is an upper bound. When a pair is
       taken from the end, it is counted again. If it has lost places, its true count decides anew.
     - "everywhere": one Segmentation.merge for a batch of pairs. The batch is filled from the end of the queue, down to
       a pair that shares a word with it, or that is merged already. As its pairs share no word, no merge changes the
       places of another. But their order in the list is still open: a pair that the first one makes may come before the
-      second, mostly because it is as frequent and lexicographically greater. (It lies in words of the first one, so it
-      does not change the second.) So a merged pair goes back to the end of the queue. When it is taken again, its merge
+      second, mostly as an equally frequent, lexicographically greater one. (It lies in words of the first one, so
+      neither changes the other.) So a merged pair goes back to the end of the queue. When it is taken again, its merge
       is listed, and the pairs that it has made go into the queue. A batch has 45 pairs on average, which makes 32,000
       merges three times as fast.
 
@@ -551,7 +551,7 @@ def learn_merges(counts, num_merges):
     taken = np.zeros_like(weight)              # for each word, the number of the last batch that merged in it
     counts.clear()
     # In the queue: (count, parts, pair, places); or (count, parts, -1, entries of the pairs it made) for a merged one.
-    # Equal bytes are merged alike, so no two entries have the same parts, and places are never compared.
+    # Equal bytes are merged alike: no two tokens have the same bytes. So places are never compared.
     vocab, merges, queue, floor = list(BYTES), [], [], weight.sum() // 16 + 1
 
     def add_pairs(places):
@@ -565,7 +565,7 @@ def learn_merges(counts, num_merges):
     while len(merges) < num_merges and (queue or floor):
         # The batch: its number, {new token: the entry of its merge}, and the places of each.
         number, batch, batch_places = len(vocab), {}, []
-        while queue and queue[-1][2] >= 0:   # down to a pair that is merged already, which is -1
+        while queue and queue[-1][2] >= 0:   # down to a merged pair, marked -1
             bound, parts, pair, places = queue.pop()
             places = places[corpus.pair[places] == pair]
             words = corpus.word[places]
