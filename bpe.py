@@ -552,7 +552,7 @@ def learn_merges(counts, num_merges):
     counts.clear()
     # In the queue: (count, parts, pair, places); or (count, parts, -1, entries of the pairs it made) for a merged one.
     # Equal bytes are merged alike: no two tokens have the same bytes. So places are never compared.
-    vocab, merges, queue, floor = list(BYTES), [], [], weight.sum() // 16 + 1
+    vocab, merges, queue, floor = list(BYTES), [], [], weight.sum() // 16 + 1   # any floor will do at first
 
     def add_pairs(places):
         """Make entries of the pairs that begin at these places: in the queue or, after a merge, in the entry of the
@@ -991,8 +991,7 @@ def only_run_in(folder):
 # ----------------------------------------------------------------------------------------------------- the main program
 
 def collect(files, path, end):
-    """Write files into one, each with `end` behind it, sorted and then shuffled by a fixed seed;
-    return its path.
+    """Write files into one, each with `end` behind it, sorted and then shuffled by a fixed seed; return its path.
 
     So the end of the file, which is held out for validation, is a fair sample of all of them.
     """
